@@ -1,0 +1,4 @@
+//! Benchmarks of Pageferry beside the tools people trust.
+#![forbid(unsafe_code)]
+
+fn main() {}

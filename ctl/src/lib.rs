@@ -1,0 +1,2 @@
+//! `pageferry`: arguments, sockets and text around `pageferry-datapath`.
+#![forbid(unsafe_code)]

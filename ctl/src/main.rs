@@ -1,0 +1,4 @@
+//! The binary `pageferry`.
+#![forbid(unsafe_code)]
+
+fn main() {}

@@ -1,0 +1,144 @@
+//! What every transport's lanes have in common: the events they report and what they count.
+//!
+//! A lane is one connection with its worker. The source's lanes pull batches from a
+//! [`RoundWork`](crate::work::RoundWork), and when it is empty send a barrier; the target
+//! acknowledges it once every byte before it is in guest memory. Implemented by `uring` (TCP) and
+//! later by `rdma`; nothing here knows which.
+
+use std::io;
+use std::sync::Arc;
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use crate::extent::Extent;
+use crate::ids::{LaneId, RoundIndex};
+use crate::work::RoundWork;
+
+/// The transport a lane runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LanePath {
+    /// TCP, one io_uring per worker.
+    TcpUring,
+    /// TCP by plain system calls, where io_uring is disabled.
+    TcpPlain,
+    /// RDMA WRITE on a reliable-connected queue pair.
+    Rdma,
+}
+
+/// Whether the kernel sent from guest memory without copying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ZeroCopy {
+    /// Sent from guest memory.
+    Yes,
+    /// Asked for, but the kernel reported that it copied; switched off since.
+    Copied,
+    /// Not asked for (plain sockets, or told so).
+    Off,
+}
+
+/// Counters of one lane, over its whole life.
+#[derive(Clone, Debug)]
+pub struct LaneStats {
+    /// The path this lane took.
+    pub path: LanePath,
+    /// Zero-copy state at the end.
+    pub zero_copy: ZeroCopy,
+    /// The core its worker was pinned to.
+    pub cpu: Option<usize>,
+    /// Bytes of guest memory moved.
+    pub moved_bytes: u64,
+    /// The same with headers.
+    pub wire_bytes: u64,
+    /// System calls of the worker's loop.
+    pub syscalls: u64,
+    /// From a batch's submission until the kernel took all of it, in ns.
+    pub batch_ns: Histogram<u64>,
+    /// From a barrier's submission until its acknowledgement, in ns.
+    pub barrier_ns: Histogram<u64>,
+}
+
+/// What a lane tells its driver. Sent on a crossbeam channel given at start.
+#[derive(Debug)]
+pub enum LaneEvent {
+    /// Source: all batches this lane took of `round` are placed in the target's memory, and there
+    /// was no more work. Target: every byte before this barrier is placed.
+    Placed {
+        /// Which lane.
+        lane: LaneId,
+        /// Which round's barrier.
+        round: RoundIndex,
+    },
+    /// The lane is gone; its connection is closed on this side. `unacked` may or may not be in
+    /// target memory: fence the lane at the target before sending them again.
+    Failed {
+        /// Which lane.
+        lane: LaneId,
+        /// What happened.
+        error: LaneError,
+        /// Extents sent since the last acknowledged barrier (empty on the target).
+        unacked: Vec<Extent>,
+    },
+    /// Target: the source closed the lane in order.
+    Closed {
+        /// Which lane.
+        lane: LaneId,
+    },
+}
+
+/// Why a lane failed, grouped by who did it.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The peer broke the framing or named memory outside the agreed regions.
+    #[error("lane {lane}: peer misbehaved: {what}")]
+    PeerMisbehaved {
+        /// Which lane.
+        lane: LaneId,
+        /// What it did.
+        what: &'static str,
+    },
+    /// The connection ended where it must not.
+    #[error("lane {lane}: connection closed by the peer")]
+    PeerClosed {
+        /// Which lane.
+        lane: LaneId,
+    },
+    /// A system call failed.
+    #[error("lane {lane}: {call} failed")]
+    Host {
+        /// Which lane.
+        lane: LaneId,
+        /// The call's name.
+        call: &'static str,
+        /// The errno.
+        #[source]
+        source: io::Error,
+    },
+    /// No progress for the time given.
+    #[error("lane {lane}: no progress for {waited_ms} ms")]
+    Timeout {
+        /// Which lane.
+        lane: LaneId,
+        /// How long.
+        waited_ms: u64,
+    },
+}
+
+/// A source's open lanes, whatever they run on.
+pub trait SourceLanes: Send {
+    /// Number of lanes that are alive.
+    fn alive(&self) -> usize;
+
+    /// Starts one round on every live lane and returns at once; each answers with
+    /// [`LaneEvent::Placed`] or [`LaneEvent::Failed`]. One round at a time.
+    fn move_round(&mut self, work: Arc<RoundWork>);
+
+    /// Bytes of guest memory handed to the transport so far, all lanes together; cheap.
+    fn moved_bytes(&self) -> u64;
+
+    /// Closes every lane, joins the workers, and returns their counters. After an abort the
+    /// connections are reset rather than drained.
+    fn close(self: Box<Self>, abort: bool) -> Vec<LaneStats>;
+}

@@ -1,0 +1,12 @@
+//! What Pageferry decides and knows, without moving a byte over a network.
+//!
+//! Owned here: guest memory as regions, dirty bitmaps, trackers, the control protocol, the two
+//! state machines, the planner, lane framing, events. The state machines touch no socket, thread,
+//! sleep or clock. `uring` and `rdma` move bytes; `ctl` is arguments, sockets and text.
+
+pub mod extent;
+pub mod ids;
+pub mod lane;
+pub mod limits;
+pub mod region;
+pub mod work;

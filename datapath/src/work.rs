@@ -1,0 +1,108 @@
+//! One round's extents, pulled by the lanes at their own pace.
+//!
+//! Lanes pull rather than being dealt to: a fast lane takes more, a slow one delays only its own
+//! last batch. Owned by `Arc`, shared by every lane worker; the lock is held for a few additions.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::extent::Extent;
+use crate::ids::RoundIndex;
+use crate::limits;
+
+/// What is left to hand out of one round.
+#[derive(Debug)]
+pub struct RoundWork {
+    round: RoundIndex,
+    left: Mutex<VecDeque<Extent>>,
+    total_bytes: AtomicU64,
+    taken_bytes: AtomicU64,
+}
+
+impl RoundWork {
+    /// Work over `extents`, handed out in the order given.
+    pub fn new(round: RoundIndex, extents: impl IntoIterator<Item = Extent>) -> Self {
+        let left: VecDeque<Extent> = extents.into_iter().collect();
+        let total_bytes = left.iter().map(|e| e.len).sum();
+        Self {
+            round,
+            left: Mutex::new(left),
+            total_bytes: AtomicU64::new(total_bytes),
+            taken_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// The round this work belongs to.
+    pub fn round(&self) -> RoundIndex {
+        self.round
+    }
+
+    /// Bytes of the whole round, requeued ones counted again.
+    pub fn total_bytes(&self) -> u64 {
+        self.total_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes handed out so far.
+    pub fn taken_bytes(&self) -> u64 {
+        self.taken_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Replaces `batch` with the next extents, at most [`limits::BATCH_EXTENTS_MAX`] of them and
+    /// [`limits::BATCH_BYTES_MAX`] bytes; empty when nothing is left.
+    pub fn next_batch(&self, batch: &mut Vec<Extent>) {
+        batch.clear();
+        let mut room = limits::BATCH_BYTES_MAX;
+        let mut left = self.left.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        while room > 0 && batch.len() < limits::BATCH_EXTENTS_MAX {
+            let Some(front) = left.front_mut() else { break };
+            let len = front.len.min(room);
+            batch.push(Extent { len, ..*front });
+            front.offset += len;
+            front.len -= len;
+            room -= len;
+            if front.len == 0 {
+                left.pop_front();
+            }
+        }
+        self.taken_bytes.fetch_add(limits::BATCH_BYTES_MAX - room, Ordering::Relaxed);
+    }
+
+    /// Puts back what a failed lane had taken and never got acknowledged. Only after that lane was
+    /// fenced at the target: otherwise its late bytes could overwrite newer ones.
+    pub fn requeue(&self, extents: impl IntoIterator<Item = Extent>) {
+        let mut left = self.left.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        for extent in extents {
+            self.total_bytes.fetch_add(extent.len, Ordering::Relaxed);
+            left.push_back(extent);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::RegionIndex;
+
+    #[test]
+    fn batches_cover_every_byte_once_and_keep_to_the_limits() {
+        let extents = (0..100u64).map(|i| Extent {
+            region: RegionIndex(0),
+            offset: i * 8 << 20,
+            len: if i % 3 == 0 { 3 << 20 } else { 4096 },
+        });
+        let work = RoundWork::new(RoundIndex(0), extents.clone());
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        loop {
+            work.next_batch(&mut batch);
+            if batch.is_empty() {
+                break;
+            }
+            assert!(batch.len() <= limits::BATCH_EXTENTS_MAX);
+            assert!(batch.iter().map(|e| e.len).sum::<u64>() <= limits::BATCH_BYTES_MAX);
+            bytes += batch.iter().map(|e| e.len).sum::<u64>();
+        }
+        assert_eq!(bytes, extents.map(|e| e.len).sum::<u64>());
+        assert_eq!(work.taken_bytes(), work.total_bytes());
+    }
+}

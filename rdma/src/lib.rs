@@ -1,0 +1,1 @@
+//! RDMA: today the probe of what RDMA this host has.
