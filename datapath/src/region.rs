@@ -81,9 +81,10 @@ impl Region {
         if len == 0 || len % page_bytes != 0 {
             return Err(RegionError::Unaligned { what: "length", bytes: len, page_bytes });
         }
-        let size = usize::try_from(len).ok().and_then(NonZeroUsize::new).ok_or(
-            RegionError::OutOfRange { offset: 0, len, region_bytes: usize::MAX as u64 },
-        )?;
+        let size = usize::try_from(len)
+            .ok()
+            .and_then(NonZeroUsize::new)
+            .ok_or(RegionError::OutOfRange { offset: 0, len, region_bytes: usize::MAX as u64 })?;
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY:
         // - address hint is None: no existing mapping is replaced.
