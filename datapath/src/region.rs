@@ -78,7 +78,7 @@ impl Region {
         len: u64,
         page_bytes: u64,
     ) -> Result<Arc<Self>, RegionError> {
-        if len == 0 || len % page_bytes != 0 {
+        if len == 0 || !len.is_multiple_of(page_bytes) {
             return Err(RegionError::Unaligned { what: "length", bytes: len, page_bytes });
         }
         let size = usize::try_from(len)
