@@ -338,7 +338,7 @@ mod tests {
     fn bytes_mark_every_page_they_touch() {
         let mut bitmap = DirtyBitmap::new(4, PAGE);
         bitmap.set_bytes(PAGE - 1..PAGE + 1);
-        assert_eq!(bitmap.runs().collect::<Vec<_>>(), [0..2]);
+        assert!(bitmap.contains(0) && bitmap.contains(1) && bitmap.count() == 2);
         bitmap.set_bytes(3 * PAGE..u64::MAX);
         assert_eq!(bitmap.runs().collect::<Vec<_>>(), [0..2, 3..4]);
         bitmap.set_bytes(u64::MAX - 1..u64::MAX);

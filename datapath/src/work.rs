@@ -88,7 +88,7 @@ mod tests {
     fn batches_cover_every_byte_once_and_keep_to_the_limits() {
         let extents = (0..100u64).map(|i| Extent {
             region: RegionIndex(0),
-            offset: i * 8 << 20,
+            offset: (i * 8) << 20,
             len: if i % 3 == 0 { 3 << 20 } else { 4096 },
         });
         let work = RoundWork::new(RoundIndex(0), extents.clone());
