@@ -1,2 +1,5 @@
 //! `pageferry`: arguments, sockets and text around `pageferry-datapath`.
 #![forbid(unsafe_code)]
+
+pub mod limits;
+pub mod qmp;
