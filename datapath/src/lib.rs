@@ -10,4 +10,5 @@ pub mod ids;
 pub mod lane;
 pub mod limits;
 pub mod region;
+pub mod tracker;
 pub mod work;
