@@ -5,10 +5,15 @@
 //! sleep or clock. `uring` and `rdma` move bytes; `ctl` is arguments, sockets and text.
 
 pub mod bitmap;
+pub mod control;
+pub mod digest;
 pub mod extent;
 pub mod ids;
 pub mod lane;
 pub mod limits;
+pub mod planner;
 pub mod region;
+pub mod source;
+pub mod target;
 pub mod tracker;
 pub mod work;

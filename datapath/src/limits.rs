@@ -1,5 +1,7 @@
 //! Every bound of this crate, each with its reason.
 
+use std::time::Duration;
+
 /// Regions in one guest: QEMU allows 256 DIMMs, and NUMA nodes add a few.
 pub const REGIONS_MAX: usize = 512;
 
@@ -24,3 +26,49 @@ pub const PROTECT_STEP_BYTES: u64 = 1 << 30;
 
 /// Tries at protecting a range while the monitor is changing its mappings.
 pub const PROTECT_RETRIES_MAX: u32 = 10_000;
+
+/// A control header: an offer of [`REGIONS_MAX`] regions with long names is about 200 KiB.
+pub const CONTROL_HEADER_BYTES_MAX: u64 = 1 << 20;
+
+/// A control body: the raw bitmap of 2 TiB of guest memory in 4 KiB pages.
+pub const CONTROL_BODY_BYTES_MAX: u64 = 64 << 20;
+
+/// One guest's memory; larger than any host of today, small enough for every sum in a `u64`.
+pub const GUEST_BYTES_MAX: u64 = 1 << 50;
+
+/// Device state carried by one control frame: large enough to be cheap, small enough that an
+/// abort waits for no more than this.
+pub const STATE_CHUNK_BYTES_MAX: usize = 256 << 10;
+
+/// Device state in all: QEMU sends 0.3 to 1 MiB; video memory and firmware come to tens of MiB.
+pub const STATE_BYTES_MAX: u64 = 4 << 30;
+
+/// How long a source waits in a phase before it calls the peer dead. Phases whose end depends on
+/// the amount of memory (moving, scanning) are watched by the lanes' own progress instead.
+pub fn source_phase_max(phase: crate::source::Phase) -> Option<Duration> {
+    use crate::source::Phase;
+    match phase {
+        Phase::Greeting => Some(Duration::from_secs(10)),
+        // The target maps and checks guest memory, and asks its monitor.
+        Phase::Offering | Phase::Opening | Phase::Preparing => Some(Duration::from_secs(30)),
+        // Clearing what the target's memory had before takes its time on the first round.
+        Phase::Closing => Some(Duration::from_secs(120)),
+        // Inside the pause: a guest that stands still this long is better off at the source.
+        Phase::Saving => Some(Duration::from_secs(30)),
+        Phase::Verifying => Some(Duration::from_secs(600)),
+        // Past it the answer is lost, not late: only records can tell then.
+        Phase::Committed => Some(Duration::from_secs(20)),
+        _ => None,
+    }
+}
+
+/// How long a target waits in a phase before it calls the source dead. While memory is on its way
+/// the lanes watch their own progress, and the guest may be written to for as long as it likes.
+pub fn target_phase_max(phase: crate::target::Phase) -> Option<Duration> {
+    use crate::target::Phase;
+    match phase {
+        Phase::Greeting | Phase::Offered => Some(Duration::from_secs(10)),
+        Phase::Loading => Some(Duration::from_secs(60)),
+        _ => None,
+    }
+}

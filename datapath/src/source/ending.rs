@@ -1,0 +1,129 @@
+//! How a migration ends: after the commit, by unwinding, and what is said about it.
+
+use std::time::Duration;
+
+use super::input::{Command, Failure, FailureKind, Input, Outcome};
+use super::phase::Phase;
+use super::state::{Context, State};
+use crate::control::{Abort, AbortReason, Message};
+use crate::digest::MemoryDigest;
+use crate::limits;
+use crate::planner::{self, Goals, Measured};
+
+/// After the commit left: only the target's word counts.
+pub(super) fn committed(
+    context: &mut Context,
+    input: Input,
+    now: Duration,
+    out: &mut Vec<Command>,
+) -> State {
+    let deadline = limits::source_phase_max(Phase::Committed).map(|max| context.entered + max);
+    let failure = match input {
+        Input::Message(Message::Running(running)) => {
+            context.report.running = Some(running);
+            out.push(Command::Release);
+            return State::Releasing;
+        }
+        // A target sends this only when its guest never ran and never will.
+        Input::Message(Message::Abort(abort)) => return unwind(abort.into(), false, out),
+        Input::Tick if deadline.is_none_or(|deadline| now < deadline) => return State::Committed,
+        Input::Cancelled => return State::Committed,
+        Input::PeerLost(failure) | Input::Failed(failure) => failure,
+        Input::Tick => Failure {
+            reason: AbortReason::Timeout,
+            by_peer: false,
+            text: "the target did not confirm that the guest runs".into(),
+            hint: None,
+        },
+        Input::Message(_) => misbehaved("it answered the commit with something else"),
+        input => unreachable!("no command is out whose answer is {:?}", input.kind()),
+    };
+    State::Done(Outcome::Failed { kind: FailureKind::Uncertain, failure })
+}
+
+/// The guest runs at the target, whatever goes wrong while letting go of it here.
+pub(super) fn releasing(input: Input) -> State {
+    match input {
+        Input::Released | Input::Failed(_) => State::Done(Outcome::Migrated),
+        _ => State::Releasing,
+    }
+}
+
+pub(super) fn unwinding(state: State, input: Input) -> State {
+    match (state, input) {
+        (State::Unwinding { failure, untouched }, Input::Unwound { guest_running }) => {
+            let kind = match (guest_running, untouched) {
+                (true, true) => FailureKind::Refused,
+                (true, false) => FailureKind::RunsAtSource,
+                (false, _) => FailureKind::PausedAtSource,
+            };
+            State::Done(Outcome::Failed { kind, failure })
+        }
+        // Answers of commands that were on their way when the attempt ended.
+        (state, _) => state,
+    }
+}
+
+pub(super) fn unwind(failure: Failure, untouched: bool, out: &mut Vec<Command>) -> State {
+    if !failure.by_peer {
+        out.push(Command::Send(Message::Abort(Abort {
+            reason: failure.reason,
+            text: failure.text.clone(),
+            hint: None,
+        })));
+    }
+    out.push(Command::Unwind);
+    State::Unwinding { failure, untouched }
+}
+
+pub(super) fn misbehaved(what: &str) -> Failure {
+    Failure {
+        reason: AbortReason::PeerMisbehaved,
+        by_peer: false,
+        text: format!("the target broke the protocol: {what}"),
+        hint: None,
+    }
+}
+
+pub(super) fn not_converging(goals: &Goals, measured: &Measured) -> Failure {
+    Failure {
+        reason: AbortReason::NotConverging,
+        by_peer: false,
+        text: format!(
+            "the guest writes faster than the lanes move: {} MiB left after {} rounds, a pause of \
+             {} ms where {} ms were asked for",
+            measured.left_bytes >> 20,
+            measured.rounds,
+            planner::predicted_blackout(measured).as_millis(),
+            goals.downtime.as_millis(),
+        ),
+        hint: Some(
+            "allow a longer pause with --downtime-ms, or take it as it comes with \
+             --not-converging switch-over"
+                .into(),
+        ),
+    }
+}
+
+pub(super) fn differing(ours: &MemoryDigest, theirs: &MemoryDigest) -> Failure {
+    let place = match ours.first_difference(theirs) {
+        Some(at) => format!(", first in region {} at offset {:#x}", at.region, at.offset),
+        None => String::new(),
+    };
+    Failure {
+        reason: AbortReason::VerificationFailed,
+        by_peer: false,
+        text: format!("the memory at the target differs from the guest's{place}"),
+        hint: Some(
+            "something writes to guest memory unseen; `pageferry probe` and the guest's devices \
+             may tell what"
+                .into(),
+        ),
+    }
+}
+
+impl From<Abort> for Failure {
+    fn from(abort: Abort) -> Self {
+        Self { reason: abort.reason, by_peer: true, text: abort.text, hint: abort.hint }
+    }
+}

@@ -1,0 +1,201 @@
+//! The source's states, and the one function that takes a migration from one to the next.
+
+use std::time::Duration;
+
+use super::ending;
+use super::input::{Command, Failure, Input, Outcome};
+use super::phase::Phase;
+use super::report::SourceReport;
+use super::table;
+use crate::bitmap::DirtySet;
+use crate::control::{Hello, Message, Offer};
+use crate::digest::MemoryDigest;
+use crate::ids::RoundIndex;
+use crate::limits;
+use crate::planner::Goals;
+
+/// What a source is started with.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// First message.
+    pub hello: Hello,
+    /// Second message.
+    pub offer: Offer,
+    /// What the operator asked for.
+    pub goals: Goals,
+    /// Direct I/O escapes the tracker: pause once, with every request finished, before the rounds
+    /// that count.
+    pub drain: bool,
+}
+
+#[derive(Debug)]
+pub(super) enum State {
+    Greeting,
+    Offering,
+    Opening,
+    Attaching,
+    Moving(Round),
+    Closing(Round),
+    Spacing { until: Duration },
+    Scanning,
+    DrainPausing { dirty: DirtySet },
+    DrainScanning { dirty: DirtySet },
+    DrainResuming { dirty: DirtySet },
+    Preparing { here: bool, there: bool, dirty: DirtySet },
+    Pausing { dirty: DirtySet },
+    LastScanning { dirty: DirtySet },
+    Verifying { here: Option<MemoryDigest>, there: Option<MemoryDigest> },
+    Saving { sent: bool, ready: bool },
+    Deciding,
+    Committed,
+    Releasing,
+    Unwinding { failure: Failure, untouched: bool },
+    Done(Outcome),
+}
+
+/// A round on its way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Round {
+    pub(super) round: RoundIndex,
+    pub(super) bytes: u64,
+    pub(super) pages: u64,
+    pub(super) started: Duration,
+    pub(super) last: bool,
+}
+
+impl State {
+    pub(super) fn phase(&self) -> Phase {
+        match self {
+            Self::Greeting => Phase::Greeting,
+            Self::Offering => Phase::Offering,
+            Self::Opening => Phase::Opening,
+            Self::Attaching => Phase::Attaching,
+            Self::Moving(_) => Phase::Moving,
+            Self::Closing(_) => Phase::Closing,
+            Self::Spacing { .. } => Phase::Spacing,
+            Self::Scanning => Phase::Scanning,
+            Self::DrainPausing { .. } => Phase::DrainPausing,
+            Self::DrainScanning { .. } => Phase::DrainScanning,
+            Self::DrainResuming { .. } => Phase::DrainResuming,
+            Self::Preparing { .. } => Phase::Preparing,
+            Self::Pausing { .. } => Phase::Pausing,
+            Self::LastScanning { .. } => Phase::LastScanning,
+            Self::Verifying { .. } => Phase::Verifying,
+            Self::Saving { .. } => Phase::Saving,
+            Self::Deciding => Phase::Deciding,
+            Self::Committed => Phase::Committed,
+            Self::Releasing => Phase::Releasing,
+            Self::Unwinding { .. } => Phase::Unwinding,
+            Self::Done(_) => Phase::Done,
+        }
+    }
+}
+
+/// The source's state machine.
+#[derive(Debug)]
+pub struct Source {
+    state: State,
+    context: Context,
+}
+
+/// What outlives a state.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub(super) config: SourceConfig,
+    pub(super) report: SourceReport,
+    pub(super) entered: Duration,
+    pub(super) rounds: u32,
+    pub(super) moved_bytes: u64,
+    pub(super) moved_time: Duration,
+    pub(super) closing: Duration,
+    pub(super) scanning: Duration,
+    pub(super) fixed: Duration,
+    pub(super) last_scan: Duration,
+    pub(super) best_left: Option<u64>,
+    pub(super) stalled: u32,
+    /// Everything reported since the drain point: device writes in flight may have changed it
+    /// after it was reported, so all of it moves again inside the pause.
+    pub(super) since_drain: Option<DirtySet>,
+}
+
+impl Source {
+    /// A source about to say hello. The time is the caller's, from any fixed start.
+    pub fn start(config: SourceConfig, now: Duration, out: &mut Vec<Command>) -> Self {
+        out.push(Command::Send(Message::Hello(config.hello.clone())));
+        let mut report = SourceReport::default();
+        report.phases.push((Phase::Greeting, now));
+        Self {
+            state: State::Greeting,
+            context: Context {
+                config,
+                report,
+                entered: now,
+                rounds: 0,
+                moved_bytes: 0,
+                moved_time: Duration::ZERO,
+                closing: Duration::ZERO,
+                scanning: Duration::ZERO,
+                fixed: Duration::ZERO,
+                last_scan: now,
+                best_left: None,
+                stalled: 0,
+                since_drain: None,
+            },
+        }
+    }
+
+    /// Where this source is.
+    pub fn phase(&self) -> Phase {
+        self.state.phase()
+    }
+
+    /// What it has learned.
+    pub fn report(&self) -> &SourceReport {
+        &self.context.report
+    }
+
+    /// How it ended, once it has.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        match &self.state {
+            State::Done(outcome) => Some(outcome),
+            _ => None,
+        }
+    }
+
+    /// When to come back with [`Input::Tick`], if nothing else happens before.
+    pub fn deadline(&self) -> Option<Duration> {
+        if let State::Spacing { until } = self.state {
+            return Some(until);
+        }
+        limits::source_phase_max(self.phase()).map(|max| self.context.entered + max)
+    }
+
+    /// Takes one input and says what to do next.
+    ///
+    /// Never fails: what goes wrong before the decision unwinds the attempt, what goes wrong after
+    /// it ends in [`FailureKind::Uncertain`].
+    pub fn handle(self, input: Input, now: Duration, out: &mut Vec<Command>) -> Self {
+        let (from, kind) = (self.phase(), input.kind());
+        let Self { state, mut context } = self;
+        let state = match state {
+            State::Done(_) => state,
+            State::Unwinding { .. } => ending::unwinding(state, input),
+            State::Releasing => ending::releasing(input),
+            State::Committed => ending::committed(&mut context, input, now, out),
+            state => {
+                let untouched = from < Phase::Attaching;
+                match context.forward(state, input, now, out) {
+                    Ok(state) => state,
+                    Err(failure) => ending::unwind(failure, untouched, out),
+                }
+            }
+        };
+        let to = state.phase();
+        assert!(table::allowed(from, kind, to), "{from:?} -{kind:?}-> {to:?} is not in the table");
+        if to != from {
+            context.entered = now;
+            context.report.phases.push((to, now));
+        }
+        Self { state, context }
+    }
+}

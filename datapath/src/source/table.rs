@@ -1,0 +1,74 @@
+//! Every transition of the source, in one table.
+//!
+//! Failures, cancels and lost peers are not listed one by one: [`allowed`] adds them from where a
+//! phase lies relative to the decision.
+
+use super::input::InputKind as I;
+use super::phase::Phase::{self, *};
+
+/// `(from, input, to)`: what moves a migration forward.
+pub const FORWARD: &[(Phase, I, Phase)] = &[
+    (Greeting, I::Message, Offering),
+    (Offering, I::Message, Opening),
+    (Opening, I::LanesOpen, Attaching),
+    (Attaching, I::Attached, Moving),
+    (Moving, I::Placed, Closing),
+    (Closing, I::Message, Spacing),
+    (Spacing, I::Tick, Scanning),
+    (Closing, I::Message, Scanning),
+    (Scanning, I::Scanned, Moving),
+    (Scanning, I::Scanned, DrainPausing),
+    (DrainPausing, I::Paused, DrainScanning),
+    (DrainScanning, I::Scanned, DrainResuming),
+    (DrainResuming, I::Resumed, Moving),
+    (Scanning, I::Scanned, Preparing),
+    (Preparing, I::Message, Preparing),
+    (Preparing, I::SwitchoverPrepared, Preparing),
+    (Preparing, I::Message, Pausing),
+    (Preparing, I::SwitchoverPrepared, Pausing),
+    (Pausing, I::Paused, LastScanning),
+    (LastScanning, I::Scanned, Moving),
+    (Closing, I::Message, Verifying),
+    (Verifying, I::Message, Verifying),
+    (Verifying, I::Digested, Verifying),
+    (Verifying, I::Message, Saving),
+    (Verifying, I::Digested, Saving),
+    (Closing, I::Message, Saving),
+    (Saving, I::DeviceStateSent, Saving),
+    (Saving, I::Message, Saving),
+    (Saving, I::DeviceStateSent, Deciding),
+    (Saving, I::Message, Deciding),
+    (Deciding, I::Recorded, Committed),
+    (Committed, I::Message, Releasing),
+    (Releasing, I::Released, Done),
+    (Releasing, I::Failed, Done),
+    (Unwinding, I::Unwound, Done),
+];
+
+/// Whether this transition is one of the protocol's.
+pub fn allowed(from: Phase, input: I, to: Phase) -> bool {
+    FORWARD.contains(&(from, input, to)) || unforced(from, input, to) || failing(from, input, to)
+}
+
+/// What leaves a phase as it was: time passing, and what can't matter any more.
+fn unforced(from: Phase, input: I, to: Phase) -> bool {
+    from == to
+        && match input {
+            I::Tick => true,
+            I::Cancelled | I::PeerLost => from >= Deciding,
+            _ => from >= Unwinding,
+        }
+}
+
+/// What ends an attempt: before the decision by unwinding, after it only in uncertainty.
+fn failing(from: Phase, input: I, to: Phase) -> bool {
+    match (to, input) {
+        (Unwinding, I::Cancelled) => from < Deciding,
+        // After the commit left, only the target's word that it never ran and never will.
+        (Unwinding, I::Message) => from <= Committed,
+        (Unwinding, I::PeerLost | I::Failed | I::Tick | I::Scanned) => from <= Deciding,
+        (Unwinding, I::Digested) => from == Verifying,
+        (Done, I::PeerLost | I::Failed | I::Tick | I::Message) => from == Committed,
+        _ => false,
+    }
+}
