@@ -4,16 +4,22 @@
 //! state machines, the planner, lane framing, events. The state machines touch no socket, thread,
 //! sleep or clock. `uring` and `rdma` move bytes; `ctl` is arguments, sockets and text.
 
+pub mod backing;
 pub mod bitmap;
 pub mod control;
+mod copy;
 pub mod digest;
 pub mod extent;
+pub mod holes;
 pub mod ids;
 pub mod lane;
 pub mod limits;
 pub mod planner;
+pub mod populate;
 pub mod region;
 pub mod source;
 pub mod target;
+#[cfg(test)]
+mod testing;
 pub mod tracker;
 pub mod work;

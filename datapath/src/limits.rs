@@ -27,6 +27,20 @@ pub const PROTECT_STEP_BYTES: u64 = 1 << 30;
 /// Tries at protecting a range while the monitor is changing its mappings.
 pub const PROTECT_RETRIES_MAX: u32 = 10_000;
 
+/// The page size of everything that is not hugetlbfs, and the smallest that extents are made of.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// Bytes populated by one call: a cancelled migration waits for one of these per thread at most
+/// (20 ms at the slowest first touch seen).
+pub const POPULATE_STEP_BYTES: u64 = 8 << 20;
+
+/// Size of a transparent huge page.
+pub const THP_BYTES: u64 = 2 << 20;
+
+/// Ranges for which huge pages are asked on tmpfs: each may split the mapping, and a process has
+/// 65,530 mappings.
+pub const THP_RANGES_MAX: usize = 4096;
+
 /// A control header: an offer of [`REGIONS_MAX`] regions with long names is about 200 KiB.
 pub const CONTROL_HEADER_BYTES_MAX: u64 = 1 << 20;
 

@@ -9,12 +9,16 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
+use crate::backing::Backing;
+use crate::copy::{copy_volatile, touch_volatile};
 use crate::extent::Extent;
 use crate::ids::RegionIndex;
 
@@ -71,12 +75,40 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps all of `file` (`len` bytes, pages of `page_bytes`) shared, readable and writable.
+    /// Maps all of `backing` shared, readable and writable.
+    pub fn open(index: RegionIndex, backing: Backing) -> Result<Arc<Self>, RegionError> {
+        let (len, page_bytes) = (backing.len(), backing.page_bytes());
+        Self::map(index, backing.into_file(), len, page_bytes)
+    }
+
+    /// Maps all of `file` (`len` bytes, pages of `page_bytes`) shared, readable and writable. On
+    /// hugetlbfs this reserves the pages that are not there yet, or fails with `ENOMEM`.
     pub fn map(
         index: RegionIndex,
         file: File,
         len: u64,
         page_bytes: u64,
+    ) -> Result<Arc<Self>, RegionError> {
+        Self::map_with(index, file, len, page_bytes, MapFlags::MAP_SHARED)
+    }
+
+    /// As [`Self::map`] without reserving huge pages: for looking only.
+    pub(crate) fn map_unreserved(
+        index: RegionIndex,
+        file: File,
+        len: u64,
+        page_bytes: u64,
+    ) -> Result<Arc<Self>, RegionError> {
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
+        Self::map_with(index, file, len, page_bytes, flags)
+    }
+
+    fn map_with(
+        index: RegionIndex,
+        file: File,
+        len: u64,
+        page_bytes: u64,
+        flags: MapFlags,
     ) -> Result<Arc<Self>, RegionError> {
         if len == 0 || !len.is_multiple_of(page_bytes) {
             return Err(RegionError::Unaligned { what: "length", bytes: len, page_bytes });
@@ -89,7 +121,8 @@ impl Region {
         // SAFETY:
         // - address hint is None: no existing mapping is replaced.
         // - `size` is not zero and `file` is open.
-        let base = unsafe { mmap(None, size, prot, MapFlags::MAP_SHARED, &file, 0) }
+        // - `flags` asks for neither a fixed address nor a private copy.
+        let base = unsafe { mmap(None, size, prot, flags, &file, 0) }
             .map_err(|errno| RegionError::Host { call: "mmap", source: errno.into() })?;
         Ok(Arc::new(Self { index, file, base: base.cast(), len, page_bytes }))
     }
@@ -124,14 +157,63 @@ impl Region {
         self.base.as_ptr()
     }
 
-    /// Leases `len` bytes at `offset`.
-    pub fn lease(self: &Arc<Self>, offset: u64, len: u64) -> Result<Lease, RegionError> {
-        match offset.checked_add(len) {
-            Some(end) if len > 0 && end <= self.len => {
-                Ok(Lease { region: Arc::clone(self), offset, len })
+    /// Frees whole pages, which then read as zeros.
+    pub fn punch(&self, offset: u64, len: u64) -> Result<(), RegionError> {
+        let Range { start, end } = self.check(offset, len)?;
+        for (what, bytes) in [("hole's offset", start), ("hole's length", len)] {
+            if !bytes.is_multiple_of(self.page_bytes) {
+                let page_bytes = self.page_bytes;
+                return Err(RegionError::Unaligned { what, bytes, page_bytes });
             }
+        }
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        self.fallocate(flags, start..end)
+    }
+
+    /// Allocates the pages of `range` in the file, without mapping them; data there stays.
+    pub(crate) fn allocate(&self, range: Range<u64>) -> Result<(), RegionError> {
+        self.fallocate(FallocateFlags::empty(), range)
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, range: Range<u64>) -> Result<(), RegionError> {
+        let Range { start, end } = range;
+        fallocate(&self.file, flags, start as i64, (end - start) as i64)
+            .map_err(|errno| RegionError::Host { call: "fallocate", source: errno.into() })
+    }
+
+    /// Faults the pages of `range` in for writing, allocating those that are holes; `EINVAL` on
+    /// kernels before 5.14.
+    pub(crate) fn populate_write(&self, range: Range<u64>) -> nix::Result<()> {
+        self.advise(range, MmapAdvise::MADV_POPULATE_WRITE)
+    }
+
+    /// Asks for huge pages where `range` gets populated later; `EINVAL` where there are none.
+    pub(crate) fn prefer_huge(&self, range: Range<u64>) -> nix::Result<()> {
+        self.advise(range, MmapAdvise::MADV_HUGEPAGE)
+    }
+
+    fn advise(&self, range: Range<u64>, advice: MmapAdvise) -> nix::Result<()> {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY:
+        // - the range was just checked to lie in this mapping.
+        // - the two callers' advice neither unmaps nor discards anything.
+        unsafe {
+            let start = self.base.add(range.start as usize).cast();
+            madvise(start, (range.end - range.start) as usize, advice)
+        }
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<Range<u64>, RegionError> {
+        match offset.checked_add(len) {
+            Some(end) if len > 0 && end <= self.len => Ok(offset..end),
             _ => Err(RegionError::OutOfRange { offset, len, region_bytes: self.len }),
         }
+    }
+
+    /// Leases `len` bytes at `offset`.
+    pub fn lease(self: &Arc<Self>, offset: u64, len: u64) -> Result<Lease, RegionError> {
+        self.check(offset, len)?;
+        Ok(Lease { region: Arc::clone(self), offset, len })
     }
 }
 
@@ -169,6 +251,54 @@ impl Lease {
     pub fn region(&self) -> &Arc<Region> {
         &self.region
     }
+
+    /// Copies the bytes from `at` (counted from the lease's first) into `bytes`. Where the guest
+    /// writes at the same time, old and new bytes may mix.
+    pub fn copy_out(&self, at: u64, bytes: &mut [u8]) -> Result<(), RegionError> {
+        let from = self.inside(at, bytes.len())?;
+        // SAFETY:
+        // - `from` is valid for reads of `bytes.len()`: `inside` checked it, the lease keeps it.
+        // - `bytes` is borrowed mutably, so it does not overlap guest memory (of which there is
+        //   never a slice).
+        unsafe { copy_volatile(from, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies `bytes` to guest memory at `at`, counted from the lease's first byte.
+    pub fn copy_in(&self, at: u64, bytes: &[u8]) -> Result<(), RegionError> {
+        let into = self.inside(at, bytes.len())?;
+        // SAFETY: as in `copy_out`, with the sides exchanged.
+        unsafe { copy_volatile(bytes.as_ptr(), into, bytes.len()) };
+        Ok(())
+    }
+
+    /// Reads from `file` straight into guest memory at `at`: the bytes read, at most `len`.
+    pub fn read_in(&self, at: u64, len: usize, file: BorrowedFd<'_>) -> Result<usize, RegionError> {
+        let into = self.inside(at, len)?;
+        // SAFETY: `into` is valid for writes of `len`: `inside` checked it, the lease keeps it.
+        let read = unsafe { libc::read(file.as_raw_fd(), into.cast(), len) };
+        usize::try_from(read)
+            .map_err(|_| RegionError::Host { call: "read", source: io::Error::last_os_error() })
+    }
+
+    /// Writes the byte at `at` with the value it has, atomically: a write for whoever tracks this
+    /// mapping, and nothing for the guest.
+    pub fn touch(&self, at: u64) -> Result<(), RegionError> {
+        let byte = self.inside(at, 1)?;
+        // SAFETY: valid for reads and writes: `inside` checked it, the lease keeps it mapped.
+        unsafe { touch_volatile(byte) };
+        Ok(())
+    }
+
+    fn inside(&self, at: u64, len: usize) -> Result<*mut u8, RegionError> {
+        match at.checked_add(len as u64) {
+            // SAFETY: `at <= self.len`, so this stays within the leased range or one past it.
+            Some(end) if end <= self.len => Ok(unsafe { self.as_ptr().add(at as usize) }),
+            _ => {
+                Err(RegionError::OutOfRange { offset: at, len: len as u64, region_bytes: self.len })
+            }
+        }
+    }
 }
 
 /// All regions of one guest, by index.
@@ -197,5 +327,73 @@ impl GuestMemory {
             .get(region.0 as usize)
             .ok_or(RegionError::OutOfRange { offset, len, region_bytes: 0 })?
             .lease(offset, len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    fn region(pages: u64) -> Arc<Region> {
+        let backing = Backing::memfd("region-test", pages * PAGE, None).unwrap();
+        Region::open(RegionIndex(0), backing).unwrap()
+    }
+
+    #[test]
+    fn bytes_go_in_and_come_out_and_never_past_the_lease() {
+        let lease = region(4).lease(PAGE, 2 * PAGE).unwrap();
+        let mut bytes = [0; 5];
+        lease.copy_in(2 * PAGE - 5, b"ferry").unwrap();
+        lease.touch(2 * PAGE - 1).unwrap();
+        lease.copy_out(2 * PAGE - 5, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"ferry");
+        assert!(lease.copy_in(2 * PAGE - 4, b"ferry").is_err());
+        assert!(lease.copy_out(u64::MAX, &mut bytes).is_err());
+        assert!(lease.touch(2 * PAGE).is_err());
+        let zero = File::open("/dev/zero").unwrap();
+        assert!(lease.read_in(PAGE, 2 * PAGE as usize, zero.as_fd()).is_err());
+        assert_eq!(lease.read_in(2 * PAGE - 5, 4, zero.as_fd()).unwrap(), 4);
+        lease.copy_out(2 * PAGE - 5, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"\0\0\0\0y");
+    }
+
+    #[test]
+    fn memory_is_alive_as_long_as_a_lease_of_it() {
+        let region = region(1);
+        let lease = region.lease(0, PAGE).unwrap();
+        drop(region);
+        lease.copy_in(0, &[7]).unwrap();
+        let mut byte = [0];
+        lease.copy_out(0, &mut byte).unwrap();
+        assert_eq!(byte, [7]);
+    }
+
+    #[test]
+    fn a_hole_reads_as_zeros_and_takes_whole_pages() {
+        let region = region(4);
+        let lease = region.lease(0, 4 * PAGE).unwrap();
+        lease.copy_in(0, &[1; 4 * PAGE as usize]).unwrap();
+        region.punch(PAGE, PAGE).unwrap();
+        let mut bytes = [9; 4 * PAGE as usize];
+        lease.copy_out(0, &mut bytes).unwrap();
+        let ones = bytes.chunks(PAGE as usize).map(|page| page.iter().all(|byte| *byte == 1));
+        assert_eq!(ones.collect::<Vec<_>>(), [true, false, true, true]);
+        assert!(bytes[PAGE as usize..2 * PAGE as usize].iter().all(|byte| *byte == 0));
+        assert!(region.punch(PAGE, PAGE / 2).is_err());
+        assert!(region.punch(1, PAGE).is_err());
+        assert!(region.punch(4 * PAGE, PAGE).is_err());
+    }
+
+    #[test]
+    fn ranges_outside_are_not_leased() {
+        let region = region(4);
+        for (offset, len) in [(0, 0), (4 * PAGE, 1), (0, 4 * PAGE + 1), (u64::MAX, 2)] {
+            assert!(region.lease(offset, len).is_err());
+        }
+        let memory = GuestMemory::new(vec![region]);
+        let extent = Extent { region: RegionIndex(1), offset: 0, len: PAGE };
+        assert!(memory.lease(extent).is_err());
     }
 }

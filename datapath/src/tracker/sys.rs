@@ -3,7 +3,6 @@
 //! The structures and numbers are those of `linux/userfaultfd.h` and `linux/fs.h` (documented in
 //! `Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst`). Nothing is decided here.
 #![allow(unsafe_code)]
-#![allow(dead_code)] // the probe and the hole finder use the rest
 
 use std::fs::File;
 use std::io;

@@ -1,0 +1,79 @@
+//! Copies to and from memory that somebody else writes at the same time.
+//!
+//! The compiler must not assume that such memory holds still, so an ordinary `memcpy` is not
+//! allowed to touch it. Private to this crate: [`crate::region::Lease`] checks the ranges.
+#![allow(unsafe_code)]
+
+/// Copies `len` bytes, each of them exactly once; which of two concurrent values is seen is open.
+///
+/// # Safety
+/// - `from` is readable and `into` writable for `len` bytes, and the ranges don't overlap.
+/// - The side that is not guest memory is borrowed by the caller for the call.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn copy_volatile(from: *const u8, into: *mut u8, len: usize) {
+    // SAFETY:
+    // - both ranges are valid by the caller's promise.
+    // - the direction flag is clear, as the ABI has it; the stack and the flags are not touched.
+    // - for the compiler the block is opaque: it may read and write any memory, as a system call.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") len => _,
+            inout("rsi") from => _,
+            inout("rdi") into => _,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Copies `len` bytes, each of them exactly once; which of two concurrent values is seen is open.
+///
+/// # Safety
+/// - `from` is readable and `into` writable for `len` bytes, and the ranges don't overlap.
+/// - The side that is not guest memory is borrowed by the caller for the call.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) unsafe fn copy_volatile(from: *const u8, into: *mut u8, len: usize) {
+    const WORD: usize = size_of::<u64>();
+    let aligned = from.addr().is_multiple_of(WORD) && into.addr().is_multiple_of(WORD);
+    let words = if aligned { len / WORD } else { 0 };
+    for index in 0..words {
+        // SAFETY: `index * 8 + 8 <= len`, and both pointers are aligned to 8.
+        unsafe {
+            into.cast::<u64>()
+                .add(index)
+                .write_volatile(from.cast::<u64>().add(index).read_volatile())
+        };
+    }
+    for index in words * WORD..len {
+        // SAFETY: `index < len`.
+        unsafe { into.add(index).write_volatile(from.add(index).read_volatile()) };
+    }
+}
+
+/// Writes a byte with the value it has, in one instruction that no other write can come between.
+/// (An atomic `fetch_or(0)` will not do: compilers turn it into a fence and a load.)
+///
+/// # Safety
+/// - `byte` is readable and writable.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn touch_volatile(byte: *mut u8) {
+    // SAFETY:
+    // - `byte` is valid by the caller's promise.
+    // - the stack is not touched; the flags are, and so it is declared.
+    unsafe { std::arch::asm!("lock or byte ptr [{0}], 0", in(reg) byte, options(nostack)) };
+}
+
+/// Writes a byte with the value it has, without another write coming in between.
+///
+/// # Safety
+/// - `byte` is readable and writable.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) unsafe fn touch_volatile(byte: *mut u8) {
+    use std::sync::atomic::{AtomicU8, Ordering};
+    // SAFETY: valid by the caller's promise; every other access is volatile or atomic.
+    let byte = unsafe { AtomicU8::from_ptr(byte) };
+    let mut seen = byte.load(Ordering::SeqCst);
+    while let Err(now) = byte.compare_exchange(seen, seen, Ordering::SeqCst, Ordering::SeqCst) {
+        seen = now;
+    }
+}
