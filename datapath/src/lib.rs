@@ -10,6 +10,7 @@ pub mod control;
 mod copy;
 pub mod digest;
 pub mod extent;
+pub mod framing;
 pub mod holes;
 pub mod ids;
 pub mod lane;

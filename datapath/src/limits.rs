@@ -86,3 +86,6 @@ pub fn target_phase_max(phase: crate::target::Phase) -> Option<Duration> {
         _ => None,
     }
 }
+
+/// The smallest page of any host we run on; every extent is whole pages of it.
+pub const PAGE_BYTES_MIN: u64 = 4096;

@@ -1,0 +1,362 @@
+//! Lane framing: what stands on a data connection, byte by byte. Sans-IO.
+//!
+//! Owned by each lane's worker, one [`LaneWriter`] at the source and one [`LaneReader`] at the
+//! target. All numbers are little endian. After the [greeting](hello) the source sends frames:
+//!
+//! ```text
+//! frame    := header (512 bytes) payload            payload only after a batch header
+//! header   := magic "PL" | version u8 | kind u8 | seq u32 | count u16 | 0 u16 | checksum u32
+//!             | 31 x entry (16 bytes), unused ones zero
+//! entry    := region u16 | kind u16 | len u32 | offset u64      (batch)
+//!             round u32, rest zero                              (barrier, first entry)
+//! payload  := the bytes of entry 0, of entry 1, ...
+//! ```
+//!
+//! Headers have one fixed size so that the target can take a batch's payload and the next header
+//! with a single system call, and 512 bytes keep the payload aligned to cache lines. The target
+//! answers a barrier with an [`Ack`] on the same connection, and only once every byte before the
+//! barrier is in guest memory.
+//!
+//! Deliberately not here: sockets, clocks, memory. The decoder gives out [`Extent`]s that lie
+//! inside the agreed regions, and nothing else of the peer's numbers.
+
+pub mod hello;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::extent::Extent;
+use crate::ids::{LaneId, RegionIndex, RoundIndex};
+use crate::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, PAGE_BYTES_MIN};
+
+/// Size of every frame header.
+pub const HEADER_BYTES: usize = 512;
+/// Size of a barrier's acknowledgement.
+pub const ACK_BYTES: usize = 32;
+
+const HEADER_MAGIC: [u8; 2] = *b"PL";
+const ACK_MAGIC: [u8; 4] = *b"PFLA";
+/// Version of the framing; a peer of another version is refused at the hello.
+pub const VERSION: u8 = 1;
+
+const KIND_BATCH: u8 = 1;
+const KIND_BARRIER: u8 = 2;
+const KIND_CLOSE: u8 = 3;
+
+/// An extent whose bytes follow as they are. Other values are free for zero pages and compression.
+const EXTENT_DATA: u16 = 0;
+
+const ENTRY_BYTES: usize = 16;
+const ENTRIES_AT: usize = HEADER_BYTES - BATCH_EXTENTS_MAX * ENTRY_BYTES;
+const CHECKSUM_AT: usize = 12;
+
+/// A frame header as it travels.
+pub type HeaderBytes = [u8; HEADER_BYTES];
+
+/// Why bytes of a peer are not a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FramingError {
+    /// The first bytes are not this protocol's.
+    #[error("wrong magic bytes")]
+    Magic,
+    /// The peer speaks another version.
+    #[error("framing version {version} is not {VERSION}")]
+    Version {
+        /// The peer's version.
+        version: u16,
+    },
+    /// The checksum does not cover the bytes.
+    #[error("wrong checksum")]
+    Checksum,
+    /// A kind or code this version does not know.
+    #[error("unknown frame kind {kind}")]
+    Kind {
+        /// The number that stood there.
+        kind: u16,
+    },
+    /// A frame was lost, repeated or reordered.
+    #[error("frame {seq} where {expected} was due")]
+    Sequence {
+        /// The frame's number.
+        seq: u32,
+        /// The number due.
+        expected: u32,
+    },
+    /// More extents than a header holds, or none.
+    #[error("batch of {count} extents")]
+    Count {
+        /// The count that stood there.
+        count: u16,
+    },
+    /// An extent's kind is not known.
+    #[error("unknown extent kind {kind}")]
+    ExtentKind {
+        /// The number that stood there.
+        kind: u16,
+    },
+    /// An extent is empty, unaligned, or not inside an agreed region.
+    #[error("extent {offset}+{len} of region {region} is not whole pages of an agreed region")]
+    Extent {
+        /// The region that stood there.
+        region: u16,
+        /// Its offset in bytes.
+        offset: u64,
+        /// Its length in bytes.
+        len: u32,
+    },
+    /// More payload than a batch may have.
+    #[error("batch of {bytes} bytes is above {BATCH_BYTES_MAX}")]
+    PayloadBytes {
+        /// The sum of the lengths.
+        bytes: u64,
+    },
+    /// Bytes that must be zero are not.
+    #[error("unused bytes are not zero")]
+    Reserved,
+}
+
+impl FramingError {
+    /// A constant text for errors that carry no numbers.
+    pub fn what(&self) -> &'static str {
+        match self {
+            Self::Magic => "wrong magic bytes",
+            Self::Version { .. } => "another framing version",
+            Self::Checksum => "wrong checksum",
+            Self::Kind { .. } => "unknown frame kind",
+            Self::Sequence { .. } => "frame out of sequence",
+            Self::Count { .. } => "wrong number of extents",
+            Self::ExtentKind { .. } => "unknown extent kind",
+            Self::Extent { .. } => "extent outside the agreed regions",
+            Self::PayloadBytes { .. } => "batch too large",
+            Self::Reserved => "unused bytes not zero",
+        }
+    }
+}
+
+/// What a frame says, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// Payload follows, for the extents the reader filled in.
+    Batch {
+        /// Sum of the extents' lengths, at most [`BATCH_BYTES_MAX`].
+        payload_bytes: u64,
+    },
+    /// Acknowledge when everything before is placed.
+    Barrier {
+        /// The round it closes.
+        round: RoundIndex,
+        /// The frame's number, repeated in the acknowledgement.
+        seq: u32,
+    },
+    /// Nothing comes after this.
+    Close,
+}
+
+/// Numbers and encodes the frames of one lane.
+#[derive(Debug, Default)]
+pub struct LaneWriter {
+    seq: u32,
+}
+
+impl LaneWriter {
+    /// A writer at the lane's first frame.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Encodes a batch's header.
+    ///
+    /// # Panics
+    /// If the batch breaks the limits of [`RoundWork::next_batch`](crate::work::RoundWork): the
+    /// caller's bug, and the target would refuse the lane.
+    pub fn batch(&mut self, extents: &[Extent], header: &mut HeaderBytes) {
+        assert!(!extents.is_empty() && extents.len() <= BATCH_EXTENTS_MAX);
+        assert!(extents.iter().map(|e| e.len).sum::<u64>() <= BATCH_BYTES_MAX);
+        header[ENTRIES_AT..].fill(0);
+        for (entry, extent) in header[ENTRIES_AT..].chunks_exact_mut(ENTRY_BYTES).zip(extents) {
+            entry[0..2].copy_from_slice(&extent.region.0.to_le_bytes());
+            entry[2..4].copy_from_slice(&EXTENT_DATA.to_le_bytes());
+            entry[4..8].copy_from_slice(&(extent.len as u32).to_le_bytes());
+            entry[8..16].copy_from_slice(&extent.offset.to_le_bytes());
+        }
+        self.seal(KIND_BATCH, extents.len() as u16, header);
+    }
+
+    /// Encodes a barrier; returns its number, which the acknowledgement must repeat.
+    pub fn barrier(&mut self, round: RoundIndex, header: &mut HeaderBytes) -> u32 {
+        header[ENTRIES_AT..].fill(0);
+        header[ENTRIES_AT..ENTRIES_AT + 4].copy_from_slice(&round.0.to_le_bytes());
+        self.seal(KIND_BARRIER, 0, header)
+    }
+
+    /// Encodes the last frame.
+    pub fn close(&mut self, header: &mut HeaderBytes) {
+        header[ENTRIES_AT..].fill(0);
+        self.seal(KIND_CLOSE, 0, header);
+    }
+
+    fn seal(&mut self, kind: u8, count: u16, header: &mut HeaderBytes) -> u32 {
+        let seq = self.seq;
+        self.seq = seq.wrapping_add(1);
+        header[0..2].copy_from_slice(&HEADER_MAGIC);
+        header[2] = VERSION;
+        header[3] = kind;
+        header[4..8].copy_from_slice(&seq.to_le_bytes());
+        header[8..10].copy_from_slice(&count.to_le_bytes());
+        header[10..ENTRIES_AT].fill(0);
+        let checksum = xxh3_64(header) as u32;
+        header[CHECKSUM_AT..CHECKSUM_AT + 4].copy_from_slice(&checksum.to_le_bytes());
+        seq
+    }
+}
+
+/// Checks and decodes the frames of one lane.
+#[derive(Debug)]
+pub struct LaneReader {
+    seq: u32,
+    region_bytes: Box<[u64]>,
+}
+
+impl LaneReader {
+    /// A reader at the lane's first frame, for regions of these sizes (by index).
+    pub fn new(region_bytes: impl Into<Box<[u64]>>) -> Self {
+        Self { seq: 0, region_bytes: region_bytes.into() }
+    }
+
+    /// Decodes one header; for a batch, `extents` is replaced with its extents. After an error the
+    /// stream can't be trusted any more: the lane must be closed.
+    pub fn frame(
+        &mut self,
+        header: &HeaderBytes,
+        extents: &mut Vec<Extent>,
+    ) -> Result<Frame, FramingError> {
+        extents.clear();
+        check_seal(header)?;
+        let kind = header[3];
+        let seq = u32_at(header, 4);
+        if seq != self.seq {
+            return Err(FramingError::Sequence { seq, expected: self.seq });
+        }
+        let count = u16_at(header, 8);
+        let unused_from = match kind {
+            KIND_BATCH if count == 0 || usize::from(count) > BATCH_EXTENTS_MAX => {
+                return Err(FramingError::Count { count });
+            }
+            KIND_BATCH => ENTRIES_AT + usize::from(count) * ENTRY_BYTES,
+            KIND_BARRIER | KIND_CLOSE if count != 0 => return Err(FramingError::Count { count }),
+            KIND_BARRIER => ENTRIES_AT + 4,
+            KIND_CLOSE => ENTRIES_AT,
+            other => return Err(FramingError::Kind { kind: other.into() }),
+        };
+        if header[10..CHECKSUM_AT].iter().chain(&header[unused_from..]).any(|&b| b != 0) {
+            return Err(FramingError::Reserved);
+        }
+        let frame = match kind {
+            KIND_BATCH => {
+                let entries = &header[ENTRIES_AT..unused_from];
+                Frame::Batch { payload_bytes: self.entries(entries, extents)? }
+            }
+            KIND_BARRIER => Frame::Barrier { round: RoundIndex(u32_at(header, ENTRIES_AT)), seq },
+            _ => Frame::Close,
+        };
+        self.seq = seq.wrapping_add(1);
+        Ok(frame)
+    }
+
+    fn entries(&self, entries: &[u8], extents: &mut Vec<Extent>) -> Result<u64, FramingError> {
+        let mut payload_bytes = 0;
+        for entry in entries.chunks_exact(ENTRY_BYTES) {
+            let (region, kind) = (u16_at(entry, 0), u16_at(entry, 2));
+            let (len, offset) = (u32_at(entry, 4), u64_at(entry, 8));
+            if kind != EXTENT_DATA {
+                return Err(FramingError::ExtentKind { kind });
+            }
+            let region_bytes = self.region_bytes.get(usize::from(region)).copied().unwrap_or(0);
+            let whole_pages = offset % PAGE_BYTES_MIN == 0 && u64::from(len) % PAGE_BYTES_MIN == 0;
+            let inside = offset.checked_add(len.into()).is_some_and(|end| end <= region_bytes);
+            if len == 0 || !whole_pages || !inside {
+                return Err(FramingError::Extent { region, offset, len });
+            }
+            // Cannot overflow: at most 31 lengths of 32 bits.
+            payload_bytes += u64::from(len);
+            extents.push(Extent { region: RegionIndex(region), offset, len: len.into() });
+        }
+        if payload_bytes > BATCH_BYTES_MAX {
+            return Err(FramingError::PayloadBytes { bytes: payload_bytes });
+        }
+        Ok(payload_bytes)
+    }
+}
+
+fn check_seal(header: &HeaderBytes) -> Result<(), FramingError> {
+    if header[0..2] != HEADER_MAGIC {
+        return Err(FramingError::Magic);
+    }
+    if header[2] != VERSION {
+        return Err(FramingError::Version { version: header[2].into() });
+    }
+    let mut unsealed = *header;
+    unsealed[CHECKSUM_AT..CHECKSUM_AT + 4].fill(0);
+    if xxh3_64(&unsealed) as u32 != u32_at(header, CHECKSUM_AT) {
+        return Err(FramingError::Checksum);
+    }
+    Ok(())
+}
+
+/// The target's word that every byte before a barrier is in guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ack {
+    /// The lane it is sent on.
+    pub lane: LaneId,
+    /// The barrier's round.
+    pub round: RoundIndex,
+    /// The barrier's frame number.
+    pub seq: u32,
+}
+
+impl Ack {
+    /// `"PFLA" | version u8 | 0 u8 | lane u16 | round u32 | seq u32 | 0 x 12 | checksum u32`.
+    pub fn encode(&self) -> [u8; ACK_BYTES] {
+        let mut bytes = [0; ACK_BYTES];
+        bytes[0..4].copy_from_slice(&ACK_MAGIC);
+        bytes[4] = VERSION;
+        bytes[6..8].copy_from_slice(&self.lane.0.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.round.0.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.seq.to_le_bytes());
+        let checksum = xxh3_64(&bytes[..28]) as u32;
+        bytes[28..].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    /// The inverse of [`Ack::encode`].
+    pub fn decode(bytes: &[u8; ACK_BYTES]) -> Result<Self, FramingError> {
+        if bytes[0..4] != ACK_MAGIC {
+            return Err(FramingError::Magic);
+        }
+        if bytes[4] != VERSION {
+            return Err(FramingError::Version { version: bytes[4].into() });
+        }
+        if xxh3_64(&bytes[..28]) as u32 != u32_at(bytes, 28) {
+            return Err(FramingError::Checksum);
+        }
+        if bytes[5] != 0 || bytes[16..28].iter().any(|&b| b != 0) {
+            return Err(FramingError::Reserved);
+        }
+        Ok(Self {
+            lane: LaneId(u16_at(bytes, 6)),
+            round: RoundIndex(u32_at(bytes, 8)),
+            seq: u32_at(bytes, 12),
+        })
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}

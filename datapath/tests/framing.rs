@@ -1,0 +1,216 @@
+//! Lane framing from outside: golden bytes, round trips, and hostile bytes.
+
+use pageferry_datapath::extent::Extent;
+use pageferry_datapath::framing::hello::{Greeting, Hello, Refusal, Reply, Ticket};
+use pageferry_datapath::framing::{Ack, Frame, FramingError, HEADER_BYTES, LaneReader, LaneWriter};
+use pageferry_datapath::ids::{LaneId, RegionIndex, RoundIndex, SessionId};
+use pageferry_datapath::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX};
+use proptest::prelude::*;
+use xxhash_rust::xxh3::xxh3_64;
+
+const REGIONS: [u64; 3] = [1 << 30, 2 << 20, 4096];
+
+fn extent(region: u16, offset: u64, len: u64) -> Extent {
+    Extent { region: RegionIndex(region), offset, len }
+}
+
+/// Makes a tampered header pass the checksum, so that the check behind it is what is tested.
+fn reseal(header: &mut [u8; HEADER_BYTES]) {
+    header[12..16].fill(0);
+    let checksum = xxh3_64(header) as u32;
+    header[12..16].copy_from_slice(&checksum.to_le_bytes());
+}
+
+fn read(header: &[u8; HEADER_BYTES]) -> Result<Frame, FramingError> {
+    LaneReader::new(REGIONS).frame(header, &mut Vec::new())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[test]
+fn golden_bytes_stay_what_they_are() {
+    let hello = Hello {
+        session: SessionId(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff),
+        lane: LaneId(3),
+        ticket: Ticket([0x5a; 32]),
+    };
+    assert_eq!(
+        hex(&hello.encode()),
+        "50464c4e01000300ffeeddccbbaa99887766554433221100\
+         5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a00000000f9217049"
+    );
+    assert_eq!(hex(&Reply::Accepted.encode()), "50464c520100000000000000a4d5091b");
+    let ack = Ack { lane: LaneId(3), round: RoundIndex(7), seq: 9 };
+    assert_eq!(
+        hex(&ack.encode()),
+        "50464c41010003000700000009000000000000000000000000000000efc76e26"
+    );
+    let (mut writer, mut header) = (LaneWriter::new(), [0xff; HEADER_BYTES]);
+    writer.batch(&[extent(0, 0x12_3000, 0x2000), extent(1, 0, 0x1000)], &mut header);
+    assert_eq!(
+        hex(&header[..48]),
+        "504c010100000000020000005443fa3000000000002000000030120000000000\
+         01000000001000000000000000000000"
+    );
+    writer.barrier(RoundIndex(7), &mut header);
+    assert_eq!(hex(&header[..20]), "504c01020100000000000000a925ee0007000000");
+    writer.close(&mut header);
+    assert_eq!(hex(&header[..16]), "504c010302000000000000007798adb3");
+}
+
+#[test]
+fn greeting_is_told_by_four_bytes() {
+    assert_eq!(Greeting::of(*b"PFLN"), Some(Greeting::Lane));
+    assert_eq!(Greeting::of(*b"PFRY"), Some(Greeting::Control));
+    assert_eq!(Greeting::of(*b"GET "), None);
+}
+
+#[test]
+fn extents_outside_what_was_agreed_are_refused() {
+    let bad: [(Extent, &str); 6] = [
+        (extent(3, 0, 4096), "unknown region"),
+        (extent(2, 4096, 4096), "past the end"),
+        (extent(0, u64::MAX - 4095, 4096), "wraps"),
+        (extent(0, 1, 4096), "unaligned offset"),
+        (extent(0, 0, 4097), "unaligned length"),
+        (extent(0, 0, 0), "empty"),
+    ];
+    for (bad, why) in bad {
+        let (mut writer, mut header) = (LaneWriter::new(), [0; HEADER_BYTES]);
+        writer.batch(&[extent(0, 0, 4096), bad], &mut header);
+        assert!(matches!(read(&header), Err(FramingError::Extent { .. })), "{why}");
+    }
+}
+
+#[test]
+fn counts_kinds_sizes_and_order_are_checked() {
+    let mut header = [0; HEADER_BYTES];
+    LaneWriter::new().batch(&[extent(0, 0, 4096)], &mut header);
+    let tampered = |change: &dyn Fn(&mut [u8; HEADER_BYTES])| {
+        let mut copy = header;
+        change(&mut copy);
+        reseal(&mut copy);
+        read(&copy).expect_err("tampered header was taken")
+    };
+    assert_eq!(tampered(&|h| h[0] = b'X'), FramingError::Magic);
+    assert_eq!(tampered(&|h| h[2] = 2), FramingError::Version { version: 2 });
+    assert_eq!(tampered(&|h| h[3] = 9), FramingError::Kind { kind: 9 });
+    assert_eq!(tampered(&|h| h[4] = 1), FramingError::Sequence { seq: 1, expected: 0 });
+    assert_eq!(tampered(&|h| h[8] = 0), FramingError::Count { count: 0 });
+    assert_eq!(tampered(&|h| h[8] = 32), FramingError::Count { count: 32 });
+    assert_eq!(tampered(&|h| h[9] = 0xff), FramingError::Count { count: 0xff01 });
+    assert_eq!(tampered(&|h| h[10] = 1), FramingError::Reserved);
+    assert_eq!(tampered(&|h| h[511] = 1), FramingError::Reserved);
+    assert_eq!(tampered(&|h| h[18] = 1), FramingError::ExtentKind { kind: 1 });
+    let large = BATCH_BYTES_MAX as u32 + 4096;
+    assert_eq!(
+        tampered(&|h| h[20..24].copy_from_slice(&large.to_le_bytes())),
+        FramingError::PayloadBytes { bytes: large.into() }
+    );
+    let mut flipped = header;
+    flipped[24] ^= 0x10;
+    assert_eq!(read(&flipped), Err(FramingError::Checksum));
+}
+
+#[test]
+fn a_refusal_says_why() {
+    for refusal in
+        [Refusal::Version, Refusal::Ticket, Refusal::Duplicate, Refusal::Busy, Refusal::Host]
+    {
+        let reply = Reply::Refused(refusal);
+        assert_eq!(Reply::decode(&reply.encode()), Ok(reply));
+    }
+}
+
+fn any_extent() -> impl Strategy<Value = Extent> {
+    (0..REGIONS.len(), any::<u32>(), 1..=8u64).prop_map(|(region, at, pages)| {
+        let pages_max = REGIONS[region] / 4096;
+        let len = pages.min(pages_max);
+        extent(region as u16, u64::from(at) % (pages_max - len + 1) * 4096, len * 4096)
+    })
+}
+
+proptest! {
+    #[test]
+    fn frames_come_back_as_they_went(
+        batches in prop::collection::vec(
+            prop::collection::vec(any_extent(), 1..=BATCH_EXTENTS_MAX), 1..8),
+        round: u32,
+    ) {
+        let (mut writer, mut reader) = (LaneWriter::new(), LaneReader::new(REGIONS));
+        let (mut header, mut got) = ([0; HEADER_BYTES], Vec::new());
+        for batch in &batches {
+            writer.batch(batch, &mut header);
+            let payload_bytes = batch.iter().map(|e| e.len).sum();
+            prop_assert_eq!(reader.frame(&header, &mut got), Ok(Frame::Batch { payload_bytes }));
+            prop_assert_eq!(&got, batch);
+        }
+        let round = RoundIndex(round);
+        let seq = writer.barrier(round, &mut header);
+        prop_assert_eq!(reader.frame(&header, &mut got), Ok(Frame::Barrier { round, seq }));
+        writer.close(&mut header);
+        prop_assert_eq!(reader.frame(&header, &mut got), Ok(Frame::Close));
+    }
+
+    #[test]
+    fn no_header_makes_the_reader_panic_or_leave_the_regions(
+        mut header in prop::array::uniform32(any::<u8>())
+            .prop_flat_map(|head| prop::collection::vec(any::<u8>(), HEADER_BYTES - 32)
+                .prop_map(move |tail| {
+                    let mut header = [0; HEADER_BYTES];
+                    header[..32].copy_from_slice(&head);
+                    header[32..].copy_from_slice(&tail);
+                    header
+                })),
+        kind in 0..5u8,
+        count in 0..40u8,
+        plausible: bool,
+    ) {
+        if plausible {
+            header[..12].copy_from_slice(&[b'P', b'L', 1, kind, 0, 0, 0, 0, count, 0, 0, 0]);
+            for entry in header[16..].chunks_exact_mut(16) {
+                entry[1..4].fill(0);
+                entry[0] %= 4;
+                entry[4] = 0;
+                entry[5] &= 0xf0;
+                entry[7] = 0;
+                entry[11..].fill(0);
+            }
+            let used = (16 + usize::from(count) * 16).min(HEADER_BYTES);
+            header[used..].fill(0);
+            reseal(&mut header);
+        }
+        let mut extents = Vec::new();
+        if let Ok(Frame::Batch { payload_bytes }) =
+            LaneReader::new(REGIONS).frame(&header, &mut extents)
+        {
+            prop_assert!(payload_bytes <= BATCH_BYTES_MAX);
+            prop_assert_eq!(payload_bytes, extents.iter().map(|e| e.len).sum::<u64>());
+            for e in &extents {
+                prop_assert!(e.len > 0 && e.end() <= REGIONS[usize::from(e.region.0)]);
+            }
+        }
+    }
+
+    #[test]
+    fn hello_reply_and_ack_come_back_or_are_refused(
+        session: u128, lane: u16, ticket: [u8; 32], round: u32, seq: u32,
+        junk64 in prop::collection::vec(any::<u8>(), 64), flip in 0..512usize,
+    ) {
+        let hello = Hello { session: SessionId(session), lane: LaneId(lane), ticket: Ticket(ticket) };
+        let mut bytes = hello.encode();
+        prop_assert_eq!(Hello::decode(&bytes), Ok(hello));
+        bytes[flip / 8] ^= 1 << (flip % 8);
+        prop_assert!(Hello::decode(&bytes).is_err());
+        let ack = Ack { lane: LaneId(lane), round: RoundIndex(round), seq };
+        let mut bytes = ack.encode();
+        prop_assert_eq!(Ack::decode(&bytes), Ok(ack));
+        bytes[flip / 8 % 32] ^= 1 << (flip % 8);
+        prop_assert!(Ack::decode(&bytes).is_err());
+        prop_assert!(Hello::decode(junk64[..64].try_into().unwrap()).is_err());
+        prop_assert!(Ack::decode(junk64[..32].try_into().unwrap()).is_err());
+        prop_assert!(Reply::decode(junk64[..16].try_into().unwrap()).is_err());
+    }
+}
