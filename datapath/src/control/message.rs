@@ -9,8 +9,18 @@ use crate::lane::LanePath;
 use crate::limits;
 
 /// A one-time secret that binds a data connection to its session. Not printed by `Debug`.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub struct Ticket(pub [u8; 32]);
+
+impl PartialEq for Ticket {
+    /// Takes the same time wherever the first difference is: timing must not help to guess one.
+    fn eq(&self, other: &Self) -> bool {
+        let differing = self.0.iter().zip(&other.0).fold(0, |acc, (a, b)| acc | (a ^ b));
+        std::hint::black_box(differing) == 0
+    }
+}
+
+impl Eq for Ticket {}
 
 impl Ticket {
     /// A fresh random ticket.
