@@ -2,6 +2,10 @@
 //!
 //! A hole and a page of zeros count the same: the digest is of content, not of allocation.
 
+mod compute;
+
+pub use compute::DigestError;
+
 use crate::extent::Extent;
 use crate::ids::RegionIndex;
 
