@@ -3,3 +3,4 @@
 
 pub mod limits;
 pub mod qmp;
+pub mod report;

@@ -1,0 +1,337 @@
+//! The events of a migration, one JSON object a line with `--json`.
+//!
+//! Brown-out, blackout and summary are what Hyper-V's log has as #22508, #22509 and #22507. The
+//! keys are a contract: they are added to, never renamed. Times are in milliseconds with
+//! fractions, from the monotonic clock; `at_ms` counts from the start of the attempt. Built by the
+//! migration's driver, read by programs and by [`Summary`]'s printed form.
+
+use std::io;
+use std::time::Duration;
+
+use pageferry_datapath::lane::{LanePath, ZeroCopy};
+use serde::{Deserialize, Serialize};
+
+/// One line of `--json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// Both sides agreed on how; memory starts to move.
+    Start(Start),
+    /// A round ended: every byte of it is in the target's memory.
+    Round(Round),
+    /// The guest was paused for a moment so that device writes in flight are not missed.
+    Drain(Drain),
+    /// The time from the first page moved until the guest was paused.
+    Brownout(Brownout),
+    /// The time the guest stood still.
+    Blackout(Blackout),
+    /// How it ended; always the last line, also of a failure.
+    Summary(Box<Summary>),
+}
+
+impl Event {
+    /// Writes it as one line of JSON and flushes, so that a reader sees it when it happens.
+    pub fn write_line(&self, out: &mut dyn io::Write) -> io::Result<()> {
+        let mut line = serde_json::to_vec(self)?;
+        line.push(b'\n');
+        out.write_all(&line)?;
+        out.flush()
+    }
+}
+
+/// Milliseconds as events carry them: to the microsecond, which is what the clock is good for
+/// across two processes.
+pub fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Bytes per second over a time; 0 for no time at all.
+pub fn rate(bytes: u64, took: Duration) -> u64 {
+    let nanos = took.as_nanos().max(1);
+    match took.is_zero() {
+        true => 0,
+        false => u64::try_from(u128::from(bytes) * 1_000_000_000 / nanos).unwrap_or(u64::MAX),
+    }
+}
+
+/// Both sides agreed; what was chosen and why.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Start {
+    /// Since the attempt began.
+    pub at_ms: f64,
+    /// The attempt's random name, as both agents log it.
+    pub session: String,
+    /// The transport chosen.
+    pub transport: LanePath,
+    /// Why this transport.
+    pub transport_reason: String,
+    /// The tracker chosen, as `TrackerKind` names it.
+    pub tracker: String,
+    /// Why this tracker.
+    pub tracker_reason: String,
+    /// Lanes open.
+    pub lanes: usize,
+    /// Size of all guest memory.
+    pub guest_bytes: u64,
+    /// What of it is not holes.
+    pub populated_bytes: u64,
+}
+
+/// One pass over what was dirty.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Since the attempt began.
+    pub at_ms: f64,
+    /// Which round; the first pass is 0.
+    pub round: u32,
+    /// Guest memory moved in it.
+    pub bytes: u64,
+    /// Pages moved in it, of whatever size the tracker reports.
+    pub pages: u64,
+    /// From its start until the target had acknowledged every lane's barrier.
+    pub took_ms: f64,
+    /// `bytes` over `took_ms`.
+    pub bytes_per_second: u64,
+    /// How fast the guest was writing when it was last scanned; null before the first scan.
+    pub dirty_bytes_per_second: Option<u64>,
+    /// What the scan after it found; null for the round inside the pause.
+    pub left_bytes: Option<u64>,
+    /// The pause to expect if the guest were paused now.
+    pub blackout_predicted_ms: Option<f64>,
+    /// It ran while the guest was paused.
+    pub in_blackout: bool,
+}
+
+/// A short pause before the rounds' end, so that no device write in flight escapes tracking.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Since the attempt began.
+    pub at_ms: f64,
+    /// How long the guest stood still for it.
+    pub pause_ms: f64,
+    /// Why it was needed, naming the disk.
+    pub reason: String,
+}
+
+/// The time from the first page moved until the guest was paused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Brownout {
+    /// Since the attempt began, at its end.
+    pub at_ms: f64,
+    /// How long it was.
+    pub brownout_ms: f64,
+    /// Rounds in it, the first pass included.
+    pub rounds: u32,
+    /// Guest memory moved in it.
+    pub moved_bytes: u64,
+    /// The same with headers.
+    pub wire_bytes: u64,
+    /// `moved_bytes` over `brownout_ms`.
+    pub bytes_per_second: u64,
+    /// Pages reported dirty by its scans, all together.
+    pub dirty_pages: u64,
+    /// Scans made.
+    pub scans: u32,
+    /// How long the guest stood still at a drain point inside it; 0 without one.
+    pub drain_pause_ms: f64,
+}
+
+/// The time the guest stood still.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Blackout {
+    /// Since the attempt began, at its end.
+    pub at_ms: f64,
+    /// From asking the source to pause until the target said that the guest runs.
+    pub blackout_ms: f64,
+    /// What was predicted when the switchover was decided.
+    pub blackout_predicted_ms: Option<f64>,
+    /// Where the time went; their sum is `blackout_ms` up to what lies between them.
+    pub parts_ms: BlackoutParts,
+    /// Pages the last scan found.
+    pub dirty_pages: u64,
+    /// Guest memory moved inside the pause.
+    pub moved_bytes: u64,
+    /// Size of the device state.
+    pub device_state_bytes: u64,
+}
+
+/// The parts of a blackout in the order they happen, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BlackoutParts {
+    /// Pausing the guest.
+    pub pause: f64,
+    /// Finding what it wrote last.
+    pub last_scan: f64,
+    /// Moving that.
+    pub last_extents: f64,
+    /// Waiting until the target has all of it in place.
+    pub barrier: f64,
+    /// Comparing digests of all memory, when asked for; else 0.
+    pub verify: f64,
+    /// The source's monitor writing its device state.
+    pub device_state_save: f64,
+    /// The rest of the device state on its way, after the last byte was written.
+    pub transfer: f64,
+    /// The target's monitor loading it.
+    pub load: f64,
+    /// Writing the decision down and telling the target.
+    pub commit: f64,
+    /// The target's guest starting to run.
+    pub resume: f64,
+}
+
+impl BlackoutParts {
+    /// Names as people read them, with the milliseconds, in the order they happen.
+    pub fn named(&self) -> [(&'static str, f64); 10] {
+        [
+            ("pause", self.pause),
+            ("last scan", self.last_scan),
+            ("last extents", self.last_extents),
+            ("barrier", self.barrier),
+            ("verify", self.verify),
+            ("device state save", self.device_state_save),
+            ("transfer", self.transfer),
+            ("load", self.load),
+            ("commit", self.commit),
+            ("resume", self.resume),
+        ]
+    }
+
+    /// All parts together.
+    pub fn total(&self) -> f64 {
+        self.named().iter().map(|(_, ms)| ms).sum()
+    }
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationOutcome {
+    /// The guest runs on the target.
+    Migrated,
+    /// It does not, or nobody can say.
+    Failed,
+}
+
+/// Where the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunningOn {
+    /// At the source.
+    Source,
+    /// At the target.
+    Target,
+    /// On neither: whole at the source, but it did not resume.
+    None,
+    /// The hand-over was decided and not confirmed: paused at the source, perhaps running at the
+    /// target.
+    Uncertain,
+}
+
+/// How it ended; always the last event. What an attempt never came to know is null.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Whether the guest moved.
+    pub outcome: MigrationOutcome,
+    /// Where it runs now.
+    pub guest_running_on: RunningOn,
+    /// The attempt's random name.
+    pub session: String,
+    /// The transport; null when it ended before one was chosen.
+    pub transport: Option<LanePath>,
+    /// Why this transport.
+    pub transport_reason: Option<String>,
+    /// The tracker, as `TrackerKind` names it; null when it ended before one was chosen.
+    pub tracker: Option<String>,
+    /// Why this tracker.
+    pub tracker_reason: Option<String>,
+    /// Lanes.
+    pub lanes: usize,
+    /// Rounds, the first pass and the one inside the pause included.
+    pub rounds: u32,
+    /// Size of all guest memory.
+    pub guest_bytes: u64,
+    /// What of it was not holes when the first pass began.
+    pub populated_bytes: u64,
+    /// Guest memory moved, pages moved twice counted twice.
+    pub moved_bytes: u64,
+    /// The same with headers.
+    pub wire_bytes: u64,
+    /// Whether the kernel sent from guest memory without copying.
+    pub zero_copy: ZeroCopy,
+    /// Why not, if not.
+    pub zero_copy_reason: Option<String>,
+    /// From the first page moved until the guest was paused.
+    pub brownout_ms: Option<f64>,
+    /// The time the guest stood still.
+    pub blackout_ms: Option<f64>,
+    /// What was predicted.
+    pub blackout_predicted_ms: Option<f64>,
+    /// Where the blackout went.
+    pub blackout_parts_ms: Option<BlackoutParts>,
+    /// How long the guest stood still at a drain point; null without one.
+    pub drain_pause_ms: Option<f64>,
+    /// The whole attempt, attaching and letting go included.
+    pub total_ms: f64,
+    /// `moved_bytes` over the time in which rounds were moving.
+    pub bytes_per_second: u64,
+    /// Processor time of the source agent.
+    pub cpu_seconds_source: f64,
+    /// Processor time of the target agent; null when it could not say.
+    pub cpu_seconds_target: Option<f64>,
+    /// Digests of all memory were compared inside the pause and were equal.
+    pub verified: bool,
+    /// What each lane did.
+    pub lane_details: Vec<LaneDetail>,
+    /// Latencies, one entry a histogram.
+    pub latencies: Vec<Latency>,
+    /// The exit code.
+    pub exit_code: u8,
+    /// A failure's reason, `a: b: c`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub hint: Option<String>,
+}
+
+/// What one lane did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LaneDetail {
+    /// Which lane.
+    pub lane: u16,
+    /// The path it took.
+    pub path: LanePath,
+    /// The core its worker was pinned to.
+    pub cpu: Option<usize>,
+    /// Zero-copy at its end.
+    pub zero_copy: ZeroCopy,
+    /// Guest memory it moved.
+    pub moved_bytes: u64,
+    /// The same with headers.
+    pub wire_bytes: u64,
+    /// System calls of its loop.
+    pub syscalls: u64,
+}
+
+/// One histogram in a line, in microseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    /// What was measured: `batches`, `barriers` or `scans`.
+    pub of: String,
+    /// How often.
+    pub count: u64,
+    /// Half were no longer than this.
+    pub p50_us: f64,
+    /// 90 %.
+    pub p90_us: f64,
+    /// 99 %.
+    pub p99_us: f64,
+    /// 99.9 %.
+    pub p999_us: f64,
+    /// The longest.
+    pub max_us: f64,
+}
+
+#[cfg(test)]
+mod tests;
