@@ -1,6 +1,7 @@
 //! `pageferry`: arguments, sockets and text around `pageferry-datapath`.
 #![forbid(unsafe_code)]
 
+pub mod lab;
 pub mod limits;
 pub mod qmp;
 pub mod report;

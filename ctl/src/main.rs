@@ -1,4 +1,8 @@
 //! The binary `pageferry`.
 #![forbid(unsafe_code)]
 
-fn main() {}
+fn main() {
+    if std::env::args().nth(1).as_deref() == Some("guest-init") {
+        pageferry_ctl::lab::guest_program::run();
+    }
+}
