@@ -114,24 +114,6 @@ pub enum FramingError {
     Reserved,
 }
 
-impl FramingError {
-    /// A constant text for errors that carry no numbers.
-    pub fn what(&self) -> &'static str {
-        match self {
-            Self::Magic => "wrong magic bytes",
-            Self::Version { .. } => "another framing version",
-            Self::Checksum => "wrong checksum",
-            Self::Kind { .. } => "unknown frame kind",
-            Self::Sequence { .. } => "frame out of sequence",
-            Self::Count { .. } => "wrong number of extents",
-            Self::ExtentKind { .. } => "unknown extent kind",
-            Self::Extent { .. } => "extent outside the agreed regions",
-            Self::PayloadBytes { .. } => "batch too large",
-            Self::Reserved => "unused bytes not zero",
-        }
-    }
-}
-
 /// What a frame says, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame {

@@ -12,7 +12,10 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use crate::extent::Extent;
+use crate::framing::FramingError;
+use crate::framing::hello::Refusal;
 use crate::ids::{LaneId, RoundIndex};
+use crate::region::RegionError;
 use crate::work::RoundWork;
 
 /// The transport a lane runs on.
@@ -44,6 +47,8 @@ pub enum ZeroCopy {
 pub struct LaneStats {
     /// The path this lane took.
     pub path: LanePath,
+    /// Why this path: what was asked for, what the host refused, what was measured.
+    pub path_reason: String,
     /// Zero-copy state at the end.
     pub zero_copy: ZeroCopy,
     /// The core its worker was pinned to.
@@ -54,7 +59,10 @@ pub struct LaneStats {
     pub wire_bytes: u64,
     /// System calls of the worker's loop.
     pub syscalls: u64,
-    /// From a batch's submission until the kernel took all of it, in ns.
+    /// CPU time of the worker's thread, in ns; what the kernel did for it in interrupts is not in.
+    pub cpu_ns: u64,
+    /// Source: from a batch's submission until the kernel took all of it. Target: until it is in
+    /// guest memory. In ns.
     pub batch_ns: Histogram<u64>,
     /// From a barrier's submission until its acknowledgement, in ns.
     pub barrier_ns: Histogram<u64>,
@@ -92,12 +100,36 @@ pub enum LaneEvent {
 #[derive(Debug, thiserror::Error)]
 pub enum LaneError {
     /// The peer broke the framing or named memory outside the agreed regions.
-    #[error("lane {lane}: peer misbehaved: {what}")]
+    #[error("lane {lane}: peer misbehaved")]
     PeerMisbehaved {
         /// Which lane.
         lane: LaneId,
         /// What it did.
-        what: &'static str,
+        #[source]
+        source: FramingError,
+    },
+    /// The target acknowledged a barrier that was not the one outstanding.
+    #[error("lane {lane}: peer acknowledged another barrier")]
+    WrongAck {
+        /// Which lane.
+        lane: LaneId,
+    },
+    /// The target did not admit the lane.
+    #[error("lane {lane}: refused by the target: {refusal}")]
+    Refused {
+        /// Which lane.
+        lane: LaneId,
+        /// Its reason.
+        refusal: Refusal,
+    },
+    /// The round's work names memory this guest does not have.
+    #[error("lane {lane}: work outside guest memory")]
+    OutsideMemory {
+        /// Which lane.
+        lane: LaneId,
+        /// The range.
+        #[source]
+        source: RegionError,
     },
     /// The connection ended where it must not.
     #[error("lane {lane}: connection closed by the peer")]

@@ -1,0 +1,130 @@
+//! The source's lanes: a pool of workers that pull batches from one round's work.
+//!
+//! Owned by the migration's driver, on its thread; each worker owns one connection. The driver
+//! talks to a worker through a channel, and stops it by stopping its [`Line`].
+
+mod connect;
+mod worker;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::Sender;
+use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats, SourceLanes};
+use pageferry_datapath::region::GuestMemory;
+use pageferry_datapath::work::RoundWork;
+
+use crate::plan::ConnectPlan;
+use crate::wire::Line;
+
+/// What the driver tells a worker.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Move what there is of this round, then a barrier.
+    Round(Arc<RoundWork>),
+    /// Say so on the wire, and end.
+    Close,
+}
+
+/// What all workers of a pool share.
+#[derive(Debug, Default)]
+pub(crate) struct PoolCounters {
+    pub(crate) alive: AtomicUsize,
+    pub(crate) moved_bytes: AtomicU64,
+}
+
+/// Open lanes to one target, each with its worker. Dropping it aborts them.
+#[derive(Debug)]
+pub struct LanePool {
+    lanes: Vec<Lane>,
+    counters: Arc<PoolCounters>,
+}
+
+#[derive(Debug)]
+struct Lane {
+    line: Arc<Line>,
+    commands: Sender<Command>,
+    worker: Option<JoinHandle<LaneStats>>,
+}
+
+impl LanePool {
+    /// Opens every lane of the plan, all at the same time, and starts its worker; events of all
+    /// lanes go to `events`. If one lane can't be opened, the others are closed and the first error
+    /// is returned.
+    pub fn connect(
+        plan: &ConnectPlan,
+        memory: GuestMemory,
+        events: Sender<LaneEvent>,
+    ) -> Result<Self, LaneError> {
+        let counters = Arc::new(PoolCounters::default());
+        let mut pool = Self { lanes: Vec::with_capacity(plan.lanes.len()), counters };
+        for (lane, line) in plan.lanes.iter().zip(connect::connect_all(plan)?) {
+            let line = Arc::new(line);
+            let (commands, inbox) = crossbeam_channel::unbounded();
+            let worker = worker::spawn(
+                worker::Setup {
+                    lane: lane.lane,
+                    cpu: lane.cpu,
+                    path: plan.path,
+                    zero_copy: plan.zero_copy,
+                    line: Arc::clone(&line),
+                    memory: memory.clone(),
+                    events: events.clone(),
+                    counters: Arc::clone(&pool.counters),
+                },
+                inbox,
+            )?;
+            pool.lanes.push(Lane { line, commands, worker: Some(worker) });
+        }
+        Ok(pool)
+    }
+
+    fn end(&mut self, abort: bool) -> Vec<LaneStats> {
+        for lane in &self.lanes {
+            if abort {
+                lane.line.reset_on_close();
+                lane.line.stop();
+            } else {
+                // A worker that has ended already is closed already.
+                let _ = lane.commands.send(Command::Close);
+            }
+        }
+        let lanes = std::mem::take(&mut self.lanes);
+        lanes
+            .into_iter()
+            .filter_map(|mut lane| {
+                // Without its sender a worker that waits for a command ends too.
+                drop(lane.commands);
+                lane.worker.take()?.join().ok()
+            })
+            .collect()
+    }
+}
+
+impl SourceLanes for LanePool {
+    fn alive(&self) -> usize {
+        self.counters.alive.load(Ordering::Acquire)
+    }
+
+    fn move_round(&mut self, work: Arc<RoundWork>) {
+        for lane in &self.lanes {
+            // A lane that has failed has said so and takes no part.
+            let _ = lane.commands.send(Command::Round(Arc::clone(&work)));
+        }
+    }
+
+    fn moved_bytes(&self) -> u64 {
+        self.counters.moved_bytes.load(Ordering::Relaxed)
+    }
+
+    fn close(mut self: Box<Self>, abort: bool) -> Vec<LaneStats> {
+        self.end(abort)
+    }
+}
+
+impl Drop for LanePool {
+    fn drop(&mut self) {
+        self.end(true);
+    }
+}

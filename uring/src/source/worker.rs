@@ -1,0 +1,228 @@
+//! One source lane's worker: batches out, a barrier per round, its acknowledgement in.
+//!
+//! Owns its wire and the list of what is not acknowledged yet. Runs on its own thread, pinned if
+//! the plan says so; ends after a close, a stop or the first error.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender};
+use pageferry_datapath::extent::Extent;
+use pageferry_datapath::framing::{Ack, LaneWriter};
+use pageferry_datapath::ids::{LaneId, RoundIndex};
+use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
+use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
+use pageferry_datapath::region::GuestMemory;
+use pageferry_datapath::work::RoundWork;
+
+use super::{Command, PoolCounters};
+use crate::plan::PathWish;
+use crate::stats::{Tally, record};
+use crate::sys::{Order, Parcel};
+use crate::wire::{Line, Wire, WireError};
+use crate::{limits, placement};
+
+/// What a worker starts with.
+#[derive(Debug)]
+pub(super) struct Setup {
+    pub(super) lane: LaneId,
+    pub(super) cpu: Option<usize>,
+    pub(super) path: PathWish,
+    pub(super) zero_copy: bool,
+    pub(super) line: Arc<Line>,
+    pub(super) memory: GuestMemory,
+    pub(super) events: Sender<LaneEvent>,
+    pub(super) counters: Arc<PoolCounters>,
+}
+
+/// Starts a worker's thread; returns once its wire stands.
+pub(super) fn spawn(
+    setup: Setup,
+    commands: Receiver<Command>,
+) -> Result<JoinHandle<LaneStats>, LaneError> {
+    let lane = setup.lane;
+    let (ready, stands) = crossbeam_channel::bounded(1);
+    let worker = thread::Builder::new()
+        .name(format!("source-lane-{lane}"))
+        .spawn(move || run(setup, &commands, &ready))
+        .map_err(|source| LaneError::Host { lane, call: "clone", source })?;
+    match stands.recv() {
+        Ok(Ok(())) => Ok(worker),
+        Ok(Err(error)) => Err(error),
+        Err(_) => panic!("lane {lane}: worker ended before its wire stood"),
+    }
+}
+
+fn run(
+    setup: Setup,
+    commands: &Receiver<Command>,
+    ready: &Sender<Result<(), LaneError>>,
+) -> LaneStats {
+    let cpu = placement::pin(setup.cpu);
+    let opened = Wire::open(setup.path, setup.zero_copy).map_err(|e| e.into_lane_error(setup.lane));
+    let (wire, failed) = match opened {
+        Ok(wire) => (wire, None),
+        Err(error) => (Wire::plain("never used"), error),
+    };
+    let mut worker = Worker {
+        setup,
+        wire,
+        writer: LaneWriter::new(),
+        batch: Vec::with_capacity(BATCH_EXTENTS_MAX),
+        unacked: Vec::new(),
+        tally: Tally::new(),
+    };
+    if let Some(error) = failed {
+        let _ = ready.send(Err(error));
+    } else {
+        worker.setup.counters.alive.fetch_add(1, Ordering::AcqRel);
+        let _ = ready.send(Ok(()));
+        worker.serve(commands);
+        worker.setup.counters.alive.fetch_sub(1, Ordering::AcqRel);
+    }
+    worker.setup.line.hang_up();
+    let Worker { wire, tally, .. } = worker;
+    wire.finish(tally, cpu)
+}
+
+/// Why a lane's work ended before it was told to close.
+#[derive(Debug)]
+enum Ended {
+    Stopped,
+    Failed(LaneError),
+}
+
+struct Worker {
+    setup: Setup,
+    wire: Wire,
+    writer: LaneWriter,
+    batch: Vec<Extent>,
+    /// What was sent since the last acknowledged barrier, neighbours joined.
+    unacked: Vec<Extent>,
+    tally: Tally,
+}
+
+impl Worker {
+    /// Serves commands until the lane ends.
+    fn serve(&mut self, commands: &Receiver<Command>) {
+        for command in commands {
+            let ended = match command {
+                Command::Round(work) => match self.round(&work) {
+                    Ok(()) => continue,
+                    Err(ended) => ended,
+                },
+                Command::Close => match self.say_close() {
+                    Ok(()) => Ended::Stopped,
+                    Err(ended) => ended,
+                },
+            };
+            if let Ended::Failed(error) = ended {
+                // The connection goes first: whoever hears of the failure may rely on it.
+                self.setup.line.hang_up();
+                let (lane, unacked) = (self.setup.lane, std::mem::take(&mut self.unacked));
+                self.say(LaneEvent::Failed { lane, error, unacked });
+            }
+            return;
+        }
+    }
+
+    /// Moves batches until the round has no more, then waits until all of them are placed.
+    fn round(&mut self, work: &RoundWork) -> Result<(), Ended> {
+        loop {
+            work.next_batch(&mut self.batch);
+            if self.batch.is_empty() {
+                break;
+            }
+            // Noted before it is sent: a batch that fails half-way may be half placed.
+            note(&mut self.unacked, &self.batch);
+            let start = Instant::now();
+            let bytes = self.send_batch()?;
+            record(&mut self.tally.batch_ns, start);
+            self.tally.moved_bytes += bytes;
+            self.setup.counters.moved_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        let start = Instant::now();
+        self.barrier(work.round())?;
+        record(&mut self.tally.barrier_ns, start);
+        self.unacked.clear();
+        self.say(LaneEvent::Placed { lane: self.setup.lane, round: work.round() });
+        Ok(())
+    }
+
+    fn send_batch(&mut self) -> Result<u64, Ended> {
+        let lane = self.setup.lane;
+        let mut parcel = self.blank()?;
+        for &extent in &self.batch {
+            let lease = self
+                .setup
+                .memory
+                .lease(extent)
+                .map_err(|source| Ended::Failed(LaneError::OutsideMemory { lane, source }))?;
+            parcel.push(lease);
+        }
+        self.writer.batch(&self.batch, parcel.header_mut());
+        let bytes = parcel.leased_bytes();
+        self.send(parcel)?;
+        Ok(bytes)
+    }
+
+    fn barrier(&mut self, round: RoundIndex) -> Result<(), Ended> {
+        let mut parcel = self.blank()?;
+        let seq = self.writer.barrier(round, parcel.header_mut());
+        self.send(parcel)?;
+        let bytes = self.setup.line.receive_ack().map_err(|error| self.ended(error))?;
+        let lane = self.setup.lane;
+        let ack = Ack::decode(&bytes)
+            .map_err(|source| Ended::Failed(LaneError::PeerMisbehaved { lane, source }))?;
+        if ack == (Ack { lane, round, seq }) {
+            Ok(())
+        } else {
+            Err(Ended::Failed(LaneError::WrongAck { lane }))
+        }
+    }
+
+    /// Says that nothing follows, and waits a little for the target to hang up.
+    fn say_close(&mut self) -> Result<(), Ended> {
+        let mut parcel = self.blank()?;
+        self.writer.close(parcel.header_mut());
+        self.send(parcel)?;
+        self.setup.line.await_hang_up(limits::CLOSE_WAIT_MAX);
+        Ok(())
+    }
+
+    fn blank(&mut self) -> Result<Box<Parcel>, Ended> {
+        let blank = self.wire.blank(&self.setup.line);
+        let mut parcel = blank.map_err(|error| self.ended(error))?;
+        parcel.clear(Order::HeaderFirst);
+        Ok(parcel)
+    }
+
+    fn send(&mut self, parcel: Box<Parcel>) -> Result<(), Ended> {
+        self.tally.wire_bytes += parcel.total_bytes();
+        self.wire.send(&self.setup.line, parcel).map_err(|error| self.ended(error))
+    }
+
+    fn ended(&self, error: WireError) -> Ended {
+        error.into_lane_error(self.setup.lane).map_or(Ended::Stopped, Ended::Failed)
+    }
+
+    fn say(&self, event: LaneEvent) {
+        // A driver that has gone away no longer asks.
+        let _ = self.setup.events.send(event);
+    }
+}
+
+/// Adds a batch to the list, joined to its end where it continues there: a lane that takes one
+/// long run needs one entry, not one per MiB.
+fn note(unacked: &mut Vec<Extent>, batch: &[Extent]) {
+    for extent in batch {
+        match unacked.last_mut() {
+            Some(last) if last.region == extent.region && last.end() == extent.offset => {
+                last.len += extent.len;
+            }
+            _ => unacked.push(*extent),
+        }
+    }
+}

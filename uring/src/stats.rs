@@ -1,0 +1,57 @@
+//! A worker's counters while it runs; [`LaneStats`] when it ends.
+
+use std::time::Instant;
+
+use hdrhistogram::Histogram;
+use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
+
+use crate::limits::LATENCY_NS_MAX;
+use crate::sys;
+
+/// Counters of one worker, on its own thread.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    pub(crate) moved_bytes: u64,
+    pub(crate) wire_bytes: u64,
+    pub(crate) batch_ns: Histogram<u64>,
+    pub(crate) barrier_ns: Histogram<u64>,
+}
+
+impl Tally {
+    pub(crate) fn new() -> Self {
+        Self { moved_bytes: 0, wire_bytes: 0, batch_ns: histogram(), barrier_ns: histogram() }
+    }
+
+    /// The end result. Called on the worker's thread: its CPU time is read here.
+    pub(crate) fn finish(
+        self,
+        path: LanePath,
+        path_reason: String,
+        zero_copy: ZeroCopy,
+        cpu: Option<usize>,
+        syscalls: u64,
+    ) -> LaneStats {
+        LaneStats {
+            path,
+            path_reason,
+            zero_copy,
+            cpu,
+            moved_bytes: self.moved_bytes,
+            wire_bytes: self.wire_bytes,
+            syscalls,
+            cpu_ns: sys::thread_cpu_ns(),
+            batch_ns: self.batch_ns,
+            barrier_ns: self.barrier_ns,
+        }
+    }
+}
+
+/// Counts the time since `start`.
+pub(crate) fn record(histogram: &mut Histogram<u64>, start: Instant) {
+    let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    histogram.saturating_record(ns);
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, LATENCY_NS_MAX, 3).expect("1 < LATENCY_NS_MAX and 3 digits")
+}

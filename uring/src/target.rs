@@ -1,0 +1,233 @@
+//! The target's end of a lane: bytes straight into guest memory, barriers acknowledged.
+//!
+//! A [`TargetLane`] is owned by the target's driver; its worker owns the wire. The acceptor has
+//! read the hello and judged the ticket before ([`greet`](crate::greet)); from here on the peer may
+//! name memory, and every name is checked.
+
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+use pageferry_datapath::extent::Extent;
+use pageferry_datapath::framing::{Ack, Frame, LaneReader};
+use pageferry_datapath::ids::{LaneId, RoundIndex};
+use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
+use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
+use pageferry_datapath::region::GuestMemory;
+
+use crate::placement;
+use crate::plan::TargetLaneConfig;
+use crate::stats::{Tally, record};
+use crate::sys::{Order, Parcel};
+use crate::wire::{Line, Wire, WireError};
+
+/// One admitted lane and its worker. Dropping it fences it.
+#[derive(Debug)]
+pub struct TargetLane {
+    lane: LaneId,
+    line: Arc<Line>,
+    worker: Option<JoinHandle<LaneStats>>,
+}
+
+impl TargetLane {
+    /// Starts receiving into `memory` on a connection whose hello was accepted. The first frame
+    /// may have arrived already.
+    pub fn start(
+        stream: TcpStream,
+        lane: LaneId,
+        memory: GuestMemory,
+        config: &TargetLaneConfig,
+        events: Sender<LaneEvent>,
+    ) -> Result<Self, LaneError> {
+        let line = Line::new(stream, config.socket_buffer_bytes, config.progress_wait)
+            .map_err(|source| LaneError::Host { lane, call: "setsockopt", source })?;
+        let line = Arc::new(line);
+        let (path, cpu) = (config.path, config.cpu);
+        let (ready, stands) = crossbeam_channel::bounded(1);
+        let theirs = Arc::clone(&line);
+        let worker = thread::Builder::new()
+            .name(format!("target-lane-{lane}"))
+            .spawn(move || {
+                let cpu = placement::pin(cpu);
+                let opened = Wire::open(path, false).map_err(|e| e.into_lane_error(lane));
+                let (wire, failed) = match opened {
+                    Ok(wire) => (wire, None),
+                    Err(error) => (Wire::plain("never used"), error),
+                };
+                let mut worker = Worker::new(lane, theirs, memory, events, wire);
+                if let Some(error) = failed {
+                    let _ = ready.send(Err(error));
+                } else {
+                    let _ = ready.send(Ok(()));
+                    worker.serve();
+                }
+                worker.finish(cpu)
+            })
+            .map_err(|source| LaneError::Host { lane, call: "clone", source })?;
+        match stands.recv() {
+            Ok(Ok(())) => Ok(Self { lane, line, worker: Some(worker) }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => panic!("lane {lane}: worker ended before its wire stood"),
+        }
+    }
+
+    /// Its number in the session.
+    pub fn lane(&self) -> LaneId {
+        self.lane
+    }
+
+    /// Closes the connection; when it returns, no byte of this lane will ever be placed again.
+    /// What had arrived before may or may not have been.
+    pub fn fence(mut self) -> LaneStats {
+        self.line.stop();
+        self.join().expect("a lane is fenced once")
+    }
+
+    /// Waits for a lane that has said it is [`Closed`](LaneEvent::Closed) or
+    /// [`Failed`](LaneEvent::Failed); on any other it waits until then.
+    pub fn finish(mut self) -> LaneStats {
+        self.join().expect("a lane is finished once")
+    }
+
+    fn join(&mut self) -> Option<LaneStats> {
+        let worker = self.worker.take()?;
+        Some(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    }
+}
+
+impl Drop for TargetLane {
+    fn drop(&mut self) {
+        self.line.stop();
+        if let Some(worker) = self.worker.take() {
+            // A worker's panic has been printed; a second one here would abort.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// How a lane ended.
+enum Ended {
+    Closed,
+    Stopped,
+    Failed(LaneError),
+}
+
+struct Worker {
+    lane: LaneId,
+    line: Arc<Line>,
+    memory: GuestMemory,
+    events: Sender<LaneEvent>,
+    wire: Wire,
+    reader: LaneReader,
+    extents: Vec<Extent>,
+    tally: Tally,
+}
+
+impl Worker {
+    fn new(
+        lane: LaneId,
+        line: Arc<Line>,
+        memory: GuestMemory,
+        events: Sender<LaneEvent>,
+        wire: Wire,
+    ) -> Self {
+        let region_bytes: Vec<u64> = memory.regions().iter().map(|r| r.len()).collect();
+        Self {
+            lane,
+            line,
+            memory,
+            events,
+            wire,
+            reader: LaneReader::new(region_bytes),
+            extents: Vec::with_capacity(BATCH_EXTENTS_MAX),
+            tally: Tally::new(),
+        }
+    }
+
+    /// Receives until the lane ends, and says how it did.
+    fn serve(&mut self) {
+        let lane = self.lane;
+        let event = match self.receive() {
+            Ended::Closed => LaneEvent::Closed { lane },
+            Ended::Failed(error) => LaneEvent::Failed { lane, error, unacked: Vec::new() },
+            Ended::Stopped => return,
+        };
+        // The connection goes first: the source notices, and nothing is placed after the event.
+        self.line.hang_up();
+        let _ = self.events.send(event);
+    }
+
+    fn receive(&mut self) -> Ended {
+        let mut parcel = match self.wire.blank(&self.line) {
+            Ok(parcel) => parcel,
+            Err(error) => return self.ended(error),
+        };
+        parcel.clear(Order::HeaderLast);
+        let mut idle = true;
+        loop {
+            let start = Instant::now();
+            parcel = match self.wire.receive(&self.line, parcel, idle) {
+                Ok(parcel) => parcel,
+                Err(error) => return self.ended(error),
+            };
+            self.count(&parcel, start);
+            // From here on every byte of the batch before this header is in guest memory.
+            let frame = self.reader.frame(parcel.header(), &mut self.extents);
+            parcel.clear(Order::HeaderLast);
+            idle = match frame {
+                Ok(Frame::Batch { .. }) => match self.lease(&mut parcel) {
+                    Ok(()) => false,
+                    Err(error) => return Ended::Failed(error),
+                },
+                Ok(Frame::Barrier { round, seq }) => match self.acknowledge(round, seq) {
+                    Ok(()) => true,
+                    Err(error) => return self.ended(error),
+                },
+                Ok(Frame::Close) => return Ended::Closed,
+                Err(source) => {
+                    return Ended::Failed(LaneError::PeerMisbehaved { lane: self.lane, source });
+                }
+            };
+        }
+    }
+
+    fn lease(&self, parcel: &mut Parcel) -> Result<(), LaneError> {
+        for &extent in &self.extents {
+            // The reader has checked it against the same regions.
+            let lease = self
+                .memory
+                .lease(extent)
+                .map_err(|source| LaneError::OutsideMemory { lane: self.lane, source })?;
+            parcel.push(lease);
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&mut self, round: RoundIndex, seq: u32) -> Result<(), WireError> {
+        let lane = self.lane;
+        let start = Instant::now();
+        self.line.send_ack(&Ack { lane, round, seq }.encode())?;
+        record(&mut self.tally.barrier_ns, start);
+        let _ = self.events.send(LaneEvent::Placed { lane, round });
+        Ok(())
+    }
+
+    fn count(&mut self, parcel: &Parcel, start: Instant) {
+        self.tally.wire_bytes += parcel.total_bytes();
+        if parcel.leased_bytes() > 0 {
+            self.tally.moved_bytes += parcel.leased_bytes();
+            record(&mut self.tally.batch_ns, start);
+        }
+    }
+
+    fn ended(&self, error: WireError) -> Ended {
+        error.into_lane_error(self.lane).map_or(Ended::Stopped, Ended::Failed)
+    }
+
+    fn finish(self, cpu: Option<usize>) -> LaneStats {
+        self.line.hang_up();
+        self.wire.finish(self.tally, cpu)
+    }
+}

@@ -1,0 +1,79 @@
+//! Memory to memory through real lanes on loopback: every byte arrives, in every combination.
+
+mod support;
+
+use std::sync::Arc;
+
+use pageferry_datapath::ids::RoundIndex;
+use pageferry_datapath::lane::{LaneEvent, SourceLanes};
+use pageferry_datapath::work::RoundWork;
+use pageferry_uring::plan::{PathWish, TargetLaneConfig};
+use pageferry_uring::source::LanePool;
+use support::{Acceptor, extent, fill, memory, next, same};
+
+const SIZES: [u64; 2] = [24 << 20, 4 << 20];
+
+fn move_between(source_path: PathWish, target_path: PathWish) {
+    let (from, to) = (memory(&SIZES), memory(&SIZES));
+    let acceptor = Acceptor::new(2);
+    let (source_events, at_source) = crossbeam_channel::unbounded();
+    let (target_events, at_target) = crossbeam_channel::unbounded();
+    let config = TargetLaneConfig { path: target_path, ..TargetLaneConfig::default() };
+    let plan = acceptor.plan(source_path);
+    let (mut pool, targets) = std::thread::scope(|scope| {
+        let admitted = scope.spawn(|| acceptor.admit_all(&to, &config, &target_events));
+        let pool = LanePool::connect(&plan, from.clone(), source_events).expect("connect");
+        (Box::new(pool), admitted.join().expect("acceptor"))
+    });
+    assert_eq!(pool.alive(), 2);
+    let mut seed = 1u64;
+    let mut random = move |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 33) % below
+    };
+    let mut moved = 0;
+    for round in 0..12 {
+        let extents: Vec<_> = if round == 0 {
+            SIZES.iter().enumerate().map(|(i, &bytes)| extent(i as u16, 0, bytes)).collect()
+        } else {
+            (0..random(300))
+                .map(|_| {
+                    let region = random(2);
+                    let pages = SIZES[region as usize] / 4096;
+                    let at = random(pages);
+                    let len = (1 + random(40)).min(pages - at);
+                    extent(region as u16, at * 4096, len * 4096)
+                })
+                .collect()
+        };
+        for &e in &extents {
+            fill(support::region(&from, usize::from(e.region.0)), e, round);
+        }
+        moved += extents.iter().map(|e| e.len).sum::<u64>();
+        pool.move_round(Arc::new(RoundWork::new(RoundIndex(round as u32), extents)));
+        for events in [&at_source, &at_target] {
+            for _ in 0..2 {
+                let event = next(events);
+                assert!(
+                    matches!(event, LaneEvent::Placed { round: r, .. } if r.0 == round as u32),
+                    "{event:?}"
+                );
+            }
+        }
+        assert!(same(&from, &to), "round {round}");
+    }
+    assert_eq!(pool.moved_bytes(), moved);
+    let stats = pool.close(false);
+    assert_eq!(stats.iter().map(|s| s.moved_bytes).sum::<u64>(), moved);
+    for _ in 0..2 {
+        assert!(matches!(next(&at_target), LaneEvent::Closed { .. }));
+    }
+    let target_stats: Vec<_> = targets.into_iter().map(|lane| lane.finish()).collect();
+    assert_eq!(target_stats.iter().map(|s| s.moved_bytes).sum::<u64>(), moved);
+    assert!(at_source.try_recv().is_err(), "an event after the close");
+}
+
+#[test]
+fn plain_to_plain() {
+    move_between(PathWish::Plain, PathWish::Plain);
+}
