@@ -4,6 +4,7 @@
 //! state machines, the planner, lane framing, events. The state machines touch no socket, thread,
 //! sleep or clock. `uring` and `rdma` move bytes; `ctl` is arguments, sockets and text.
 
+pub mod attach;
 pub mod backing;
 pub mod bitmap;
 pub mod control;

@@ -45,6 +45,16 @@ pub const THP_RANGES_MAX: usize = 4096;
 /// hash's cost per call does not show.
 pub const DIGEST_PIECE_BYTES: usize = 64 << 10;
 
+/// How long a monitor's thread may take to stop, or to come back from a call made in it: far more
+/// than seen (28 ms on busy cores), and no longer than a guest may stand still.
+pub const INJECT_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// How long that is waited for without sleeping: it takes some ten microseconds.
+pub const INJECT_SPIN_MAX: Duration = Duration::from_millis(1);
+
+/// Bytes of one mapping searched for a `syscall` instruction; the vdso is smaller.
+pub const CODE_SEARCH_BYTES: u64 = 1 << 20;
+
 /// A control header: an offer of [`REGIONS_MAX`] regions with long names is about 200 KiB.
 pub const CONTROL_HEADER_BYTES_MAX: u64 = 1 << 20;
 

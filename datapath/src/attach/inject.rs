@@ -1,0 +1,283 @@
+//! System calls made by another process's own thread, from outside.
+//!
+//! ```text
+//!   SEIZE ▶ INTERRUPT ▶ stopped ▶ save registers and mask ▶ block signals
+//!             for each call: rip = a `syscall` instruction, orig_rax = -1 ▶ SINGLESTEP ▶ rax
+//!           ◀ DETACH ◀ restore mask ◀ restore registers, orig_rax with them
+//! ```
+//!
+//! * `orig_rax = -1` keeps the kernel from restarting the interrupted call when it runs ours;
+//!   putting the old one back makes it restart that call when it resumes. (`epoll_wait` and
+//!   `sigtimedwait` are not restartable: they return `EINTR`, as after any handled signal.)
+//! * Signals are blocked so that no handler runs on our registers; `SIGTRAP` is not, because a
+//!   forced signal that is blocked kills. A stopping signal can't be blocked; it is sent again.
+//! * The whole session runs on a thread of its own that then ends: whatever goes wrong, the kernel
+//!   detaches what an exiting tracer leaves behind.
+//!
+//! If this process is killed between the first and the last change of registers, a window of some
+//! ten microseconds, the other one goes on with the wrong ones and crashes. Nothing else here can
+//! hurt it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use super::sys::{self, Registers, SignalMask, Waited};
+use super::{Access, AttachError, Process, TakenUffd, UffdPrivilege};
+use crate::limits;
+
+const UFFD_USER_MODE_ONLY: u64 = 1;
+
+/// The selector of 64-bit user code.
+const USER_CS: u64 = 0x33;
+
+/// The `syscall` instruction.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
+
+pub(super) fn take_userfaultfd(process: &Process) -> Result<TakenUffd, AttachError> {
+    let syscall_at = find_syscall(process)?;
+    std::thread::scope(|scope| {
+        let session = || {
+            let ((fd, privilege), stopped) = with_stopped(process, syscall_at, create_and_take)?;
+            Ok(TakenUffd { fd, privilege, stopped })
+        };
+        let thread = std::thread::Builder::new().name("inject".into()).spawn_scoped(scope, session);
+        let thread = thread.map_err(|error| process.host("starting a thread", error))?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn create_and_take(
+    thread: &mut StoppedThread<'_>,
+) -> Result<(OwnedFd, UffdPrivilege), AttachError> {
+    let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+    let created = match thread.call("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0]) {
+        Err(AttachError::Injected { source, .. }) if source.raw_os_error() == Some(libc::EPERM) => {
+            let flags = flags | UFFD_USER_MODE_ONLY;
+            let fd = thread.call("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0])?;
+            (fd, UffdPrivilege::UserModeOnly)
+        }
+        other => (other?, UffdPrivilege::Full),
+    };
+    let (remote, privilege) = created;
+    let taken = thread.process.take_fd(remote as i32);
+    // Whether or not it was taken, nothing stays behind.
+    if let Err(error) = thread.call("close", libc::SYS_close, [remote, 0, 0]) {
+        let (pid, fd) = (thread.process.pid(), remote as i32);
+        return Err(match error {
+            gone @ AttachError::Gone { .. } => gone,
+            error => AttachError::LeftOpen { pid, fd, source: Box::new(error) },
+        });
+    }
+    Ok((taken?, privilege))
+}
+
+/// The address of a `syscall` instruction: the vdso has one on every kernel; else any other.
+fn find_syscall(process: &Process) -> Result<u64, AttachError> {
+    let memory = process.memory()?;
+    let mut maps = process.maps()?;
+    maps.retain(|mapping| mapping.access.contains(Access::EXECUTE) && mapping.name != "[vsyscall]");
+    maps.sort_by_key(|mapping| mapping.name != "[vdso]");
+    for mapping in maps {
+        let mut code = vec![0; mapping.len().min(limits::CODE_SEARCH_BYTES) as usize];
+        // Code that can't be read is no use; there are other places.
+        if memory.read_exact_at(&mut code, mapping.range.start).is_err() {
+            continue;
+        }
+        if let Some(offset) = code.windows(SYSCALL.len()).position(|bytes| bytes == SYSCALL) {
+            return Ok(mapping.range.start + offset as u64);
+        }
+    }
+    Err(AttachError::NoSyscallInstruction { pid: process.pid() })
+}
+
+/// Stops the main thread of `process` (a monitor's sits in `ppoll`, which restarts), runs `body`,
+/// and lets it go on. The body's result, and for how long the thread was stopped at most.
+fn with_stopped<T>(
+    process: &Process,
+    syscall_at: u64,
+    body: impl FnOnce(&mut StoppedThread<'_>) -> Result<T, AttachError>,
+) -> Result<(T, Duration), AttachError> {
+    let tid = process.pid();
+    if let Err(error) = sys::seize(tid) {
+        let tracer = process.tracer()?;
+        let traced = error.raw_os_error() == Some(libc::EPERM) && tracer != 0;
+        let pid = process.pid();
+        return Err(match traced {
+            true => AttachError::Traced { pid, tracer },
+            false => process.host("PTRACE_SEIZE", error),
+        });
+    }
+    let started = Instant::now();
+    let mut thread = StoppedThread::stop(process, syscall_at)?;
+    let result = body(&mut thread);
+    let restored = thread.restore();
+    let stopped = started.elapsed();
+    // That it was not restored is worse than anything else.
+    restored?;
+    Ok((result?, stopped))
+}
+
+/// A thread of another process, stopped, with its registers and signal mask saved. Dropping it
+/// restores them and lets the thread go on.
+struct StoppedThread<'a> {
+    process: &'a Process,
+    syscall_at: u64,
+    registers: Registers,
+    mask: SignalMask,
+    /// Stopping signals that came meanwhile.
+    signals: Vec<libc::c_int>,
+    restored: bool,
+}
+
+impl<'a> StoppedThread<'a> {
+    /// Stops a seized thread. On failure it is let go, here or at this thread's end.
+    fn stop(process: &'a Process, syscall_at: u64) -> Result<Self, AttachError> {
+        let (pid, tid) = (process.pid(), process.pid());
+        let deadline = Instant::now() + limits::INJECT_WAIT_MAX;
+        sys::interrupt(tid).map_err(|error| process.host("PTRACE_INTERRUPT", error))?;
+        loop {
+            match wait(process, deadline)? {
+                Waited::Interrupted => break,
+                // On its way to a handler or a default action: that comes first.
+                Waited::Signal(signal) => {
+                    sys::resume(tid, signal).map_err(|error| process.host("PTRACE_CONT", error))?;
+                }
+                _ => {
+                    let _ = sys::detach(tid);
+                    return Err(AttachError::Stopped { pid });
+                }
+            }
+        }
+        let save = || -> io::Result<(Registers, SignalMask)> {
+            Ok((sys::registers(tid)?, sys::signal_mask(tid)?))
+        };
+        let refused = match save() {
+            Ok((registers, mask)) if registers.cs == USER_CS => {
+                let signals = Vec::new();
+                let mut thread =
+                    Self { process, syscall_at, registers, mask, signals, restored: false };
+                return match sys::set_signal_mask(tid, !signal_bit(libc::SIGTRAP)) {
+                    Ok(()) => Ok(thread),
+                    Err(error) => {
+                        thread.restore()?;
+                        Err(process.host("PTRACE_SETSIGMASK", error))
+                    }
+                };
+            }
+            Ok(_) => AttachError::Architecture { pid },
+            Err(error) => process.host("PTRACE_GETREGS", error),
+        };
+        let _ = sys::detach(tid);
+        Err(refused)
+    }
+
+    /// Has the thread make one system call: what it returned.
+    fn call(
+        &mut self,
+        call: &'static str,
+        number: libc::c_long,
+        args: [u64; 3],
+    ) -> Result<u64, AttachError> {
+        let (process, tid) = (self.process, self.process.pid());
+        let mut registers = self.registers;
+        registers.rip = self.syscall_at;
+        registers.rax = number as u64;
+        registers.orig_rax = u64::MAX;
+        [registers.rdi, registers.rsi, registers.rdx] = args;
+        sys::set_registers(tid, &registers)
+            .map_err(|error| process.host("PTRACE_SETREGS", error))?;
+        let deadline = Instant::now() + limits::INJECT_WAIT_MAX;
+        loop {
+            sys::step(tid).map_err(|error| process.host("PTRACE_SINGLESTEP", error))?;
+            match wait(process, deadline)? {
+                Waited::Signal(signal) if signal != libc::SIGTRAP => self.signals.push(signal),
+                _ => {}
+            }
+            let now = sys::registers(tid).map_err(|error| process.host("PTRACE_GETREGS", error))?;
+            if now.rip == self.syscall_at + SYSCALL.len() as u64 {
+                return returned(now.rax).map_err(|source| AttachError::Injected {
+                    pid: process.pid(),
+                    call,
+                    source,
+                });
+            }
+            // Stopped for something else before the instruction ran: again, but not for ever.
+            if now.rip != self.syscall_at || Instant::now() > deadline {
+                return Err(AttachError::NoReturn { pid: process.pid() });
+            }
+        }
+    }
+
+    fn restore(&mut self) -> Result<(), AttachError> {
+        let (process, tid) = (self.process, self.process.pid());
+        if std::mem::replace(&mut self.restored, true) {
+            return Ok(());
+        }
+        let failed = |call| {
+            move |source: io::Error| match source.raw_os_error() {
+                // A killed process needs no registers.
+                Some(libc::ESRCH) if !process.is_alive() => AttachError::Gone { pid: tid },
+                _ => AttachError::NotRestored { pid: tid, call, source },
+            }
+        };
+        // Each is tried, whatever became of the one before.
+        let registers = sys::set_registers(tid, &self.registers).map_err(failed("PTRACE_SETREGS"));
+        let mask = sys::set_signal_mask(tid, self.mask).map_err(failed("PTRACE_SETSIGMASK"));
+        let detached = sys::detach(tid).map_err(failed("PTRACE_DETACH"));
+        for signal in self.signals.drain(..) {
+            let _ = sys::send_signal(tid, tid, signal);
+        }
+        registers.and(mask).and(detached)
+    }
+}
+
+impl Drop for StoppedThread<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.restore() {
+            tracing::error!(%error, "after a failed injection");
+        }
+    }
+}
+
+/// Waits until the traced thread stops. First without sleeping: it takes some ten microseconds,
+/// and each of them the thread stands still.
+fn wait(process: &Process, deadline: Instant) -> Result<Waited, AttachError> {
+    let tid = process.pid();
+    let started = Instant::now();
+    loop {
+        match sys::look(tid) {
+            Ok(Waited::Running) => {}
+            Ok(Waited::Gone) => return Err(AttachError::Gone { pid: tid }),
+            Ok(stop) => return Ok(stop),
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
+                return Err(AttachError::Gone { pid: tid });
+            }
+            Err(error) => return Err(process.host("waitid", error)),
+        }
+        let now = Instant::now();
+        if now > deadline {
+            let waited_ms = (now - started).as_millis() as u64;
+            return Err(AttachError::NoStop { pid: tid, waited_ms });
+        }
+        if now - started < limits::INJECT_SPIN_MAX {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+}
+
+fn signal_bit(signal: libc::c_int) -> SignalMask {
+    1 << (signal - 1)
+}
+
+/// A system call's result as the kernel leaves it in a register.
+fn returned(rax: u64) -> io::Result<u64> {
+    match rax as i64 {
+        errno @ -4095..0 => Err(io::Error::from_raw_os_error(-errno as i32)),
+        _ => Ok(rax),
+    }
+}
