@@ -1,6 +1,9 @@
 //! `pageferry`: arguments, sockets and text around `pageferry-datapath`.
 #![forbid(unsafe_code)]
 
+pub mod agent;
+pub mod cli;
+pub mod host;
 pub mod lab;
 pub mod limits;
 pub mod qmp;

@@ -7,6 +7,7 @@
 pub mod attach;
 pub mod backing;
 pub mod bitmap;
+pub mod clear;
 pub mod control;
 mod copy;
 pub mod digest;

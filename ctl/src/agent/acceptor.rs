@@ -1,0 +1,124 @@
+//! Accepts connections and finds out what they are, without letting a slow one hold up the rest.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use pageferry_datapath::framing::hello::{Greeting, Hello, Refusal, Reply};
+use pageferry_uring::greet;
+use pageferry_uring::limits::GREETING_WAIT_MAX;
+
+use super::failure;
+
+/// Connections being greeted at once; more are dropped, so that strangers can't use up threads.
+const GREETINGS_MAX: usize = 512;
+
+/// A connection that has said what it is.
+#[derive(Debug)]
+pub enum Arrival {
+    /// A control connection; nothing was read from it.
+    Control(TcpStream),
+    /// A lane that has said its hello and waits for the reply.
+    Lane(ArrivingLane),
+    /// Something else; already closed.
+    Stranger {
+        /// From where.
+        from: SocketAddr,
+        /// What was wrong.
+        reason: String,
+    },
+}
+
+/// A lane that waits for its reply.
+#[derive(Debug)]
+pub struct ArrivingLane {
+    stream: TcpStream,
+    hello: Hello,
+}
+
+impl ArrivingLane {
+    /// What it said.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Refuses it.
+    pub fn refuse(self, refusal: Refusal) {
+        let _closed_either_way = self.reply(Reply::Refused(refusal));
+    }
+
+    /// Replies; the stream, unless the peer is gone.
+    pub fn reply(self, reply: Reply) -> Option<TcpStream> {
+        greet::send_reply(&self.stream, reply, Instant::now() + GREETING_WAIT_MAX).ok()?;
+        Some(self.stream)
+    }
+}
+
+/// A listening socket and its threads.
+#[derive(Debug)]
+pub struct Acceptor {
+    address: SocketAddr,
+    arrivals: Receiver<Arrival>,
+}
+
+impl Acceptor {
+    /// Listens at `address`; port 0 lets the kernel choose one.
+    pub fn listen(address: &str) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(address)?;
+        let address = listener.local_addr()?;
+        let (to_arrivals, arrivals) = unbounded();
+        thread::Builder::new()
+            .name("pf-accept".into())
+            .spawn(move || accept_all(&listener, &to_arrivals))?;
+        Ok(Self { address, arrivals })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Connections as they are greeted.
+    pub fn arrivals(&self) -> &Receiver<Arrival> {
+        &self.arrivals
+    }
+}
+
+fn accept_all(listener: &TcpListener, arrivals: &Sender<Arrival>) {
+    let greetings = Arc::new(AtomicUsize::new(0));
+    loop {
+        let Ok((stream, from)) = listener.accept() else {
+            // Out of descriptors, or a connection that was gone again: the next may be fine.
+            thread::sleep(std::time::Duration::from_millis(10));
+            continue;
+        };
+        if greetings.load(Ordering::Relaxed) >= GREETINGS_MAX {
+            continue;
+        }
+        greetings.fetch_add(1, Ordering::Relaxed);
+        let (to_arrivals, counted) = (arrivals.clone(), Arc::clone(&greetings));
+        let greeting = thread::Builder::new().name("pf-greet".into()).spawn(move || {
+            let _nobody_listens_after_the_end = to_arrivals.send(greet(stream, from));
+            counted.fetch_sub(1, Ordering::Relaxed);
+        });
+        if greeting.is_err() {
+            greetings.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn greet(stream: TcpStream, from: SocketAddr) -> Arrival {
+    let deadline = Instant::now() + GREETING_WAIT_MAX;
+    let greeted = match greet::peek_greeting(&stream, deadline) {
+        Ok(Greeting::Control) => return Arrival::Control(stream),
+        Ok(Greeting::Lane) => greet::read_hello(&stream, deadline),
+        Err(error) => Err(error),
+    };
+    match greeted {
+        Ok(hello) => Arrival::Lane(ArrivingLane { stream, hello }),
+        Err(error) => Arrival::Stranger { from, reason: failure::chain("", &error) },
+    }
+}

@@ -1,0 +1,123 @@
+//! How many lanes, over what, on which cores: the choice both agents make together.
+//!
+//! Between two machines each lane gets a core of its own on either side, and the kernel tunes the
+//! socket buffers. On one machine (a test, a demo, namespaces) both ends of a lane share a core and
+//! small buffers, so that the bytes in flight stay in that core's cache.
+
+use std::net::SocketAddr;
+
+use crossbeam_channel::Sender;
+use pageferry_datapath::control::{Choice, LaneOffer, Refused};
+use pageferry_datapath::ids::{LaneId, SessionId};
+use pageferry_datapath::lane::{LaneEvent, LanePath, SourceLanes};
+use pageferry_datapath::region::GuestMemory;
+use pageferry_datapath::source::Failure;
+use pageferry_uring::limits::SAME_HOST_SOCKET_BUFFER_BYTES;
+use pageferry_uring::plan::{ConnectPlan, LanePlan, PathWish, TargetLaneConfig};
+use pageferry_uring::source::LanePool;
+
+use super::failure;
+
+/// Eight connections fill 100 GbE; more only cost.
+const LANES_DEFAULT_MAX: u16 = 8;
+
+/// What one side was told, or found out, about its lanes.
+#[derive(Clone, Debug)]
+pub struct LaneChoice {
+    /// Source: how many, if told. Target: how many at most.
+    pub count: Option<u16>,
+    /// Cores that lanes may use, in the order they are used.
+    pub cpus: Vec<usize>,
+    /// Which system calls to use.
+    pub path: PathWish,
+    /// Send from guest memory without copying where the kernel can.
+    pub zero_copy: bool,
+}
+
+impl LaneChoice {
+    /// The paths this side can take, best first.
+    pub fn paths(&self) -> Vec<LanePath> {
+        match self.path {
+            PathWish::Auto => vec![LanePath::TcpUring, LanePath::TcpPlain],
+            PathWish::Uring => vec![LanePath::TcpUring],
+            PathWish::Plain => vec![LanePath::TcpPlain],
+        }
+    }
+
+    /// Target: how many lanes a session gets.
+    pub fn agree(&self, offer: &LaneOffer, same_host: bool) -> u16 {
+        let most = self.count.unwrap_or(u16::MAX).max(1);
+        let cores = (self.cpus.len() as u16).min(offer.cpus).max(1);
+        let fitting = match same_host {
+            // Two ends a core: a lane for each is all that can run.
+            true => cores,
+            // A lone core still gains from a second connection while the first waits.
+            false => cores.clamp(2, LANES_DEFAULT_MAX),
+        };
+        offer.count.unwrap_or(fitting).clamp(1, most)
+    }
+
+    /// Target: how one lane runs.
+    pub fn target_config(&self, cpu: Option<usize>, same_host: bool) -> TargetLaneConfig {
+        TargetLaneConfig {
+            cpu,
+            path: self.path,
+            socket_buffer_bytes: same_host.then_some(SAME_HOST_SOCKET_BUFFER_BYTES),
+            ..TargetLaneConfig::default()
+        }
+    }
+}
+
+/// Target: the best path that both sides can take. The two ends of a lane need not use the same
+/// system calls, so this is what the source will do.
+pub fn path_for(offered: &[LanePath], _choice: &LaneChoice) -> LanePath {
+    offered
+        .iter()
+        .copied()
+        .find(|path| matches!(path, LanePath::TcpUring | LanePath::TcpPlain))
+        .unwrap_or(LanePath::TcpPlain)
+}
+
+/// Target: what of the offered lanes is not used, and why.
+pub fn refused(offer: &LaneOffer, path: LanePath) -> Vec<Refused> {
+    let unused = offer.paths.iter().filter(|offered| **offered != path);
+    unused
+        .map(|unused| Refused {
+            what: format!("{unused:?}"),
+            reason: format!("{path:?} was offered before it"),
+        })
+        .collect()
+}
+
+/// Source: connects every lane of the choice.
+pub fn open(
+    address: SocketAddr,
+    session: SessionId,
+    choice: &Choice,
+    lanes: &LaneChoice,
+    same_host: bool,
+    memory: &GuestMemory,
+    events: Sender<LaneEvent>,
+) -> Result<Box<dyn SourceLanes>, Failure> {
+    let cpu_of = |lane: usize, theirs: Option<u16>| match same_host {
+        true => theirs.map(usize::from).filter(|cpu| lanes.cpus.contains(cpu)),
+        false => lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
+    };
+    let plans = choice.lanes.iter().enumerate().map(|(lane, ticket)| LanePlan {
+        lane: LaneId(lane as u16),
+        ticket: ticket.ticket,
+        cpu: cpu_of(lane, ticket.cpu),
+        bind: None,
+    });
+    let plan = ConnectPlan {
+        // On one machine every byte is copied anyway: the kernel would only say so later.
+        zero_copy: lanes.zero_copy && !same_host,
+        path: lanes.path,
+        socket_buffer_bytes: same_host.then_some(SAME_HOST_SOCKET_BUFFER_BYTES),
+        ..ConnectPlan::new(address, session, plans.collect())
+    };
+    match LanePool::connect(&plan, memory.clone(), events) {
+        Ok(pool) => Ok(Box::new(pool)),
+        Err(error) => Err(failure::host("lanes", &error, None)),
+    }
+}

@@ -1,0 +1,154 @@
+//! The control connection: messages over one TCP stream.
+//!
+//! The writer half is shared (the agent's loop and the device state relay both send) behind a
+//! lock held for one frame; the reader half is a thread that decodes and hands on. What the
+//! messages mean is none of its business.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use pageferry_datapath::control::{Decoder, FrameError, Message, encode};
+
+/// A peer whose host is gone is noticed after this long, also when nothing is being said.
+const DEAD_AFTER: Duration = Duration::from_secs(20);
+/// Bytes taken from the socket at once.
+const READ_BYTES: usize = 256 << 10;
+
+/// What ended a control connection.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody answers at that address.
+    #[error("no connection to {address}")]
+    Connect {
+        /// As it was given.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The name or address is not one.
+    #[error("{address} is not a host and port")]
+    Address {
+        /// As it was given.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The peer closed the connection, or died.
+    #[error("the peer closed the control connection")]
+    Closed,
+    /// The connection broke.
+    #[error("the control connection broke")]
+    Broken(#[source] std::io::Error),
+    /// The peer sent what is not ours.
+    #[error("the peer broke the control protocol")]
+    Misbehaved(#[source] FrameError),
+}
+
+/// The sending half, shared.
+#[derive(Clone, Debug)]
+pub struct Link {
+    stream: Arc<TcpStream>,
+    writing: Arc<Mutex<()>>,
+}
+
+impl Link {
+    /// Connects to a target's control port, trying each of its addresses until `within` is over.
+    pub fn connect(address: &str, within: Duration) -> Result<Self, LinkError> {
+        let named = |source| LinkError::Address { address: address.to_owned(), source };
+        let addresses: Vec<SocketAddr> = address.to_socket_addrs().map_err(named)?.collect();
+        let until = Instant::now() + within;
+        let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
+        for candidate in addresses {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            match TcpStream::connect_timeout(&candidate, left) {
+                Ok(stream) => return Self::over(stream),
+                Err(error) => last = error,
+            }
+        }
+        Err(LinkError::Connect { address: address.to_owned(), source: last })
+    }
+
+    /// Takes an accepted or connected stream.
+    pub fn over(stream: TcpStream) -> Result<Self, LinkError> {
+        let set = || -> std::io::Result<()> {
+            stream.set_nodelay(true)?;
+            stream.set_nonblocking(false)?;
+            stream.set_read_timeout(None)?;
+            setsockopt(&stream, sockopt::KeepAlive, &true)?;
+            setsockopt(&stream, sockopt::TcpKeepIdle, &5)?;
+            setsockopt(&stream, sockopt::TcpKeepInterval, &3)?;
+            setsockopt(&stream, sockopt::TcpKeepCount, &5)?;
+            setsockopt(&stream, sockopt::TcpUserTimeout, &(DEAD_AFTER.as_millis() as u32))?;
+            Ok(())
+        };
+        set().map_err(LinkError::Broken)?;
+        Ok(Self { stream: Arc::new(stream), writing: Arc::new(Mutex::new(())) })
+    }
+
+    /// Sends one message; returns when the kernel has all of it.
+    pub fn send(&self, message: &Message) -> Result<(), LinkError> {
+        let frame = encode(message);
+        let _whole_frames = self.writing.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        (&*self.stream).write_all(&frame).map_err(LinkError::Broken)
+    }
+
+    /// Starts the reader: every message goes to `on_message` on a thread of its own, and what ended
+    /// the connection at last. It ends with the connection.
+    pub fn read_with(
+        &self,
+        mut on_message: impl FnMut(Result<Message, LinkError>) + Send + 'static,
+    ) -> thread::JoinHandle<()> {
+        let stream = Arc::clone(&self.stream);
+        thread::Builder::new()
+            .name("pf-control".into())
+            .spawn(move || {
+                let ended = read_all(&stream, |message| on_message(Ok(message)));
+                on_message(Err(ended));
+            })
+            .expect("the process can start threads")
+    }
+
+    /// Ends the connection in both directions; the reader ends with [`LinkError::Closed`].
+    pub fn close(&self) {
+        let _already_closed_is_fine = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Tells the peer that nothing more will be sent.
+    pub fn finish(&self) {
+        let _already_closed_is_fine = self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// The peer's address.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.stream.peer_addr().ok()
+    }
+}
+
+fn read_all(mut stream: &TcpStream, mut on_message: impl FnMut(Message)) -> LinkError {
+    let mut decoder = Decoder::new();
+    let mut bytes = vec![0; READ_BYTES];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => return LinkError::Closed,
+            Ok(count) => decoder.push(&bytes[..count]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return LinkError::Broken(error),
+        }
+        loop {
+            match decoder.next_message() {
+                Ok(Some(message)) => on_message(message),
+                Ok(None) => break,
+                Err(error) => return LinkError::Misbehaved(error),
+            }
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The two agents: what carries out the commands of `datapath`'s state machines on real hosts.
+//!
+//! ```text
+//!            ┌ control reader ┐   ┌ lane workers ┐   ┌ state relay ┐   Ctrl-C
+//!            └───────┬────────┘   └──────┬───────┘   └─────┬───────┘     │
+//!                    └───────> inputs (one channel) <──────┴─────────────┘
+//!                                      │
+//!                     machine.handle(input, now) ──> commands
+//!                                      │
+//!                        carry_out(command) ──> input, at once or later
+//! ```
+//!
+//! One thread runs the loop and carries out what is short; the lanes, the device state relay and
+//! the control reader are threads that only ever send inputs. No decision is made here.
+
+pub mod acceptor;
+mod digest_job;
+pub mod failure;
+pub mod lanes;
+pub mod link;
+pub mod monitor;
+pub mod record;
+pub mod source;
+pub mod target;

@@ -1,0 +1,244 @@
+//! Arguments: names are contracts, every default is said in the help.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::agent::record::STATE_DIR;
+
+/// Live-migrates the memory of a running virtual machine to another host.
+#[derive(Debug, Parser)]
+#[command(name = "pageferry", version, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  Can this host migrate, and what would make it faster?
+      pageferry probe
+  On the target host, beside a QEMU started with `-incoming defer`:
+      pageferry target --listen 10.0.0.2:4777 --qmp /run/vm1.qmp
+  On the source host, beside the running QEMU:
+      pageferry migrate --qmp /run/vm1.qmp --to 10.0.0.2:4777
+  See it happen on this machine, with nothing prepared:
+      pageferry demo
+
+Exit codes of migrate and target: 0 the guest runs at the target; 1 failed, the guest runs at the
+source; 2 bad usage; 3 refused before the guest was touched; 4 hand-over uncertain; 5 failed, and
+the guest is paused at the source.";
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Tell what this host can do for a migration, and how to mend what it can't.
+    Probe(ProbeArgs),
+    /// Wait for a migration into a QEMU that was started with `-incoming defer`.
+    Target(TargetArgs),
+    /// Move a running guest to a waiting target.
+    Migrate(Box<MigrateArgs>),
+    /// Set up two hosts (network namespaces) with a guest each and move one live.
+    Demo(DemoArgs),
+    /// The program inside the demo's guest.
+    #[command(hide = true)]
+    GuestInit,
+}
+
+/// Arguments of `probe`.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// One JSON object instead of text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `target`.
+#[derive(Debug, Args)]
+pub struct TargetArgs {
+    /// Address and port for the control connection and, where it is TCP, the lanes.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: String,
+    /// QMP socket of the waiting QEMU. Without it the source names one (`--target-qmp`).
+    #[arg(long, value_name = "PATH")]
+    pub qmp: Option<PathBuf>,
+    /// Cores the lanes may use, like 0-3,8. Default: chosen from the machine.
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+    /// Most lanes a source may open.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub lanes_max: u16,
+    /// Where to write down what was decided.
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
+    /// Exit after one migration instead of waiting for the next.
+    #[arg(long)]
+    pub once: bool,
+    /// One JSON object a line instead of text.
+    #[arg(long)]
+    pub json: bool,
+    /// Use plain sockets even where io_uring works.
+    #[arg(long)]
+    pub no_io_uring: bool,
+}
+
+/// Arguments of `migrate`.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// QMP socket of the QEMU whose guest is to move.
+    #[arg(long, value_name = "PATH")]
+    pub qmp: PathBuf,
+    /// Where `pageferry target` listens.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub to: String,
+    /// QMP socket at the target, if the target was not started with one.
+    #[arg(long, value_name = "PATH")]
+    pub target_qmp: Option<PathBuf>,
+    /// Number of lanes. Default: chosen from both machines.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub lanes: Option<u16>,
+    /// Cores the lanes may use, like 0-3,8. Default: chosen from the machine.
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+    /// The longest pause wanted, in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub downtime_ms: u64,
+    /// Most rounds after the first pass.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    pub rounds_max: u32,
+    /// What to do with a guest that writes faster than the lanes move.
+    #[arg(long, value_enum, default_value_t = NotConverging::Stop)]
+    pub not_converging: NotConverging,
+    /// Compare a digest of all guest memory on both sides inside the pause.
+    #[arg(long)]
+    pub verify: bool,
+    /// One JSON object a line instead of text.
+    #[arg(long)]
+    pub json: bool,
+    /// Write the latency distributions in the .hgrm format.
+    #[arg(long, value_name = "FILE")]
+    pub histogram: Option<PathBuf>,
+    /// Where to write down what was decided.
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
+    /// Whether to send from guest memory without a copy.
+    #[arg(long, value_enum, default_value_t = ZeroCopyChoice::Auto)]
+    pub zero_copy: ZeroCopyChoice,
+    /// Use plain sockets even where io_uring works.
+    #[arg(long)]
+    pub no_io_uring: bool,
+    /// How scans report and protect.
+    #[arg(long, value_enum, default_value_t = Scan::Auto)]
+    pub scan: Scan,
+    /// Leave out the drain point for direct I/O. The guest's memory will be wrong; for tests.
+    #[arg(long, hide = true)]
+    pub unsafe_no_drain: bool,
+}
+
+/// What to do with a guest that writes faster than the lanes move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum NotConverging {
+    /// Stop; the guest runs on where it is.
+    Stop,
+    /// Switch over, with a longer pause than asked for.
+    SwitchOver,
+}
+
+/// Whether to send from guest memory without a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ZeroCopyChoice {
+    /// Try it where both ends are different machines; stop when the kernel says it copied.
+    Auto,
+    /// Never.
+    Off,
+}
+
+/// How scans report and protect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Scan {
+    /// Two phases where KVM's MMU listens, one elsewhere.
+    Auto,
+    /// Report and protect in one call.
+    OnePhase,
+    /// Report, then protect what was reported.
+    TwoPhase,
+}
+
+/// Arguments of `demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// The migration's events as JSON lines, nothing else.
+    #[arg(long)]
+    pub json: bool,
+    /// Memory of the demo's guest in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub memory_mib: u64,
+    /// Memory that its program fills with self-verifying pages, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub fill_mib: u64,
+    /// Pages that its program writes each second.
+    #[arg(long, value_name = "N", default_value_t = 5000)]
+    pub write_rate: u64,
+    /// The QEMU to use.
+    #[arg(long, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
+}
+
+/// A list of cores as taskset writes it: `0-3,8`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuList(pub Vec<usize>);
+
+/// Not a list of cores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a list of cores looks like 0-3,8, with numbers below 4096")]
+pub struct CpuListError;
+
+impl FromStr for CpuList {
+    type Err = CpuListError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let number = |text: &str| match text.trim().parse::<usize>() {
+            Ok(cpu) if cpu < 4096 => Ok(cpu),
+            _ => Err(CpuListError),
+        };
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            match part.split_once('-') {
+                Some((first, last)) => {
+                    let (first, last) = (number(first)?, number(last)?);
+                    if first > last {
+                        return Err(CpuListError);
+                    }
+                    cpus.extend(first..=last);
+                }
+                None => cpus.push(number(part)?),
+            }
+        }
+        cpus.sort_unstable();
+        cpus.dedup();
+        Ok(Self(cpus))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn cpu_lists() {
+        assert_eq!("0-3,8".parse(), Ok(CpuList(vec![0, 1, 2, 3, 8])));
+        assert_eq!("5,1,5".parse(), Ok(CpuList(vec![1, 5])));
+        for bad in ["", "a", "3-1", "1-", "99999", "0-99999999"] {
+            assert_eq!(bad.parse::<CpuList>(), Err(CpuListError), "{bad}");
+        }
+    }
+}
