@@ -10,8 +10,10 @@
 //! A worker moves bytes through a [`wire`]: an io_uring of its own, or plain system calls. Both
 //! speak the same framing, so the two ends of a lane choose for themselves.
 
+pub mod cpulist;
 pub mod greet;
 pub mod limits;
+pub mod nic;
 pub mod placement;
 mod plain;
 pub mod plan;
