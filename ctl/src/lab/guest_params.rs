@@ -33,7 +33,8 @@ pub struct GuestParams {
     /// Memory that keeps what was read, in MiB for all readers together. A buffer is verified all
     /// the time and is read into again only when every other one has been.
     pub disk_keep_mib: u32,
-    /// End of the disk, in MiB, that one more thread writes with `O_DIRECT` and reads back.
+    /// End of the disk, in MiB, that one more thread writes with `O_DIRECT` and reads back: the
+    /// scratch part that the image was made with.
     pub disk_scratch_mib: u32,
 }
 
