@@ -7,10 +7,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use nix::mount::{MsFlags, mount};
 
 use super::error::{LabError, call, io};
+use super::skip::lock_file;
 use super::workplace::{Undo, Workplace};
 
 /// Bytes of the huge pages that the laboratory uses.
@@ -29,7 +30,7 @@ impl HugePages {
     /// the machine's free memory is too little or too scattered.
     pub fn reserve(workplace: &Arc<Workplace>, bytes: u64) -> Result<Self, LabError> {
         let count = bytes.div_ceil(HUGE_PAGE_BYTES);
-        let _lock = lock_pool()?;
+        let _lock = lock_pool();
         let before = pool()?;
         set_pool(before + count)?;
         let came = pool()?.saturating_sub(before);
@@ -90,17 +91,15 @@ impl Drop for HugetlbMount {
 
 /// Takes `count` pages from the pool, as far as they are there.
 pub(super) fn give_back(count: u64) {
-    if let (Ok(_lock), Ok(now)) = (lock_pool(), pool()) {
+    let _lock = lock_pool();
+    if let Ok(now) = pool() {
         let _ = set_pool(now.saturating_sub(count));
     }
 }
 
-/// Reading and writing the pool's number are two steps: one laboratory at a time.
-fn lock_pool() -> Result<Flock<File>, LabError> {
-    let path = std::env::temp_dir().join("pageferry-hugepages.lock");
-    let file = File::create(&path).map_err(io("create", &path))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, source)| LabError::Call { call: "flock", source })
+/// Reading and writing the pool's number are two steps: one process at a time.
+fn lock_pool() -> Option<Flock<File>> {
+    lock_file("pageferry-hugepages.lock")
 }
 
 fn pool() -> Result<u64, LabError> {

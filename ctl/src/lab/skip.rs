@@ -19,7 +19,14 @@ pub fn skip(name: &str, reason: impl std::fmt::Display) {
 /// guests under emulation need both of two cores, and their timings mean nothing otherwise.
 #[must_use = "the others start when this is dropped"]
 pub fn one_at_a_time() -> Option<Flock<File>> {
-    let file = File::create(std::env::temp_dir().join("pageferry-lab.lock")).ok()?;
+    lock_file("pageferry-lab.lock")
+}
+
+/// Takes the machine-wide lock called `name`, in the folder for temporary files.
+pub(super) fn lock_file(name: &str) -> Option<Flock<File>> {
+    let path = std::env::temp_dir().join(name);
+    // A file of another user in /tmp can be opened but not with O_CREAT (fs.protected_regular).
+    let file = File::open(&path).or_else(|_| File::create(&path)).ok()?;
     Flock::lock(file, FlockArg::LockExclusive).ok()
 }
 

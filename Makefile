@@ -1,0 +1,51 @@
+# Every target does its own set-up; nothing has to be installed by hand but a Rust toolchain.
+# ARGS goes to the program that the target runs: make demo ARGS=--json
+
+ARGS ?=
+CARGO ?= cargo
+
+.PHONY: help setup build demo test check fmt clippy docs deny bench clean
+
+help:
+	@echo "make setup   install the system packages that are missing (Debian; sudo when not root)"
+	@echo "make build   build target/release/pageferry"
+	@echo "make demo    move a live guest between two hosts on this machine"
+	@echo "make test    run all tests"
+	@echo "make check   formatting, lints, documentation, dependencies, and all tests"
+	@echo "make bench   run the benchmarks: make bench ARGS=migrate-vs-qemu"
+
+setup:
+	@.ci/setup
+
+build: setup
+	$(CARGO) build --release -p pageferry
+
+demo: build
+	target/release/pageferry demo $(ARGS)
+
+test: setup
+	.ci/test $(ARGS)
+
+check: fmt clippy docs deny test
+
+fmt: setup
+	$(CARGO) fmt --all --check
+
+clippy: setup
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+docs: setup
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+
+deny: setup
+	@if command -v cargo-deny >/dev/null; then \
+		$(CARGO) deny --workspace check; \
+	else \
+		echo "SKIP cargo-deny: not installed (cargo install --locked cargo-deny)"; \
+	fi
+
+bench: build
+	$(CARGO) run --release -p pageferry-bench -- $(ARGS)
+
+clean:
+	$(CARGO) clean
