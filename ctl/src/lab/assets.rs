@@ -59,8 +59,8 @@ impl GuestAssets {
     /// factor of five, for good.
     pub fn command_line(params: &GuestParams) -> String {
         format!(
-            "console=ttyS0 quiet panic=-1 clocksource=hpet no_timer_check nokaslr mitigations=off \
-             cryptomgr.notests random.trust_cpu=on rdinit={} {} -- guest-init",
+            "console=ttyS0 quiet panic=-1 clocksource=hpet tsc=reliable no_timer_check nokaslr \
+             mitigations=off cryptomgr.notests random.trust_cpu=on rdinit={} {} -- guest-init",
             initramfs::PROGRAM,
             params.to_command_line()
         )
