@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
+use crate::bitmap::DirtySet;
 use crate::extent::Extent;
 use crate::limits;
 use crate::region::{GuestMemory, Region, RegionError};
@@ -62,6 +63,16 @@ pub fn guest_data_extents(memory: &GuestMemory) -> Result<Vec<Extent>, HolesErro
         all.extend(data_extents(region)?);
     }
     Ok(all)
+}
+
+/// The same as bitmaps, in the granule of each region. What a scan reported and is not in here is
+/// a hole by now: it reads as zeros, and must not be read.
+pub fn guest_data(memory: &GuestMemory) -> Result<DirtySet, HolesError> {
+    let mut data = DirtySet::for_memory(memory);
+    for extent in guest_data_extents(memory)? {
+        data.set_extent(extent).expect("data lies within its region");
+    }
+    Ok(data)
 }
 
 /// Grows what it is given to whole pages and joins what touches.

@@ -7,6 +7,7 @@
 //! is tracked again, so a write that comes while its bytes are being read is reported next time.
 
 pub mod fed;
+pub mod probe;
 pub(crate) mod sys;
 pub mod uffd;
 
@@ -20,6 +21,7 @@ use crate::bitmap::DirtySet;
 use crate::ids::RegionIndex;
 
 pub use fed::{FedHandle, FedTracker};
+pub use probe::{ProbeError, ProbeReport, ProbedMemory};
 pub use uffd::{ScanPhases, TrackedRange, UffdTracker};
 
 /// Which tracker, as named in reports.

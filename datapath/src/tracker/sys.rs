@@ -154,6 +154,11 @@ impl Uffd {
         }
     }
 
+    /// The descriptor itself.
+    pub(crate) fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// Agrees on `features`; works once per descriptor. The features that the kernel has.
     pub(crate) fn api(&self, features: UffdFeatures) -> io::Result<u64> {
         let mut arg = UffdioApi { api: UFFD_API, features: features.bits(), ioctls: 0 };

@@ -98,9 +98,13 @@ pub struct UffdTracker {
 impl UffdTracker {
     /// Starts tracking `ranges` of the monitor whose userfaultfd and `/proc/PID/pagemap` these are.
     ///
-    /// `populated` is where the regions' files hold data; memory outside of it that gets populated
-    /// later is reported by the next scan. When this returns, everything in `populated` is
-    /// protected, and the first pass may begin; look up where data is again for it.
+    /// `populated` is where the regions' files hold data, so that it gets protected whether or not
+    /// the monitor has touched it. What happened before this returns is never reported: the first
+    /// pass has to look up where data is *afterwards*, and take all of it.
+    ///
+    /// Later, a page that is touched for the first time may be reported together with neighbours
+    /// that are still holes, once (their page table is new). What a scan reports and the file does
+    /// not hold is zeros, and reading it through a mapping would allocate it.
     pub fn start(
         uffd: OwnedFd,
         pagemap: File,
@@ -116,7 +120,21 @@ impl UffdTracker {
         // From here on a failure drops the tracker, and that unregisters what was registered.
         tracker.register()?;
         tracker.protect(populated)?;
+        tracker.settle()?;
         Ok(tracker)
+    }
+
+    /// Scans once and forgets the result: holes that happen to have a page table already (from
+    /// what was mapped there before, or punched out since) would be reported for no reason.
+    fn settle(&mut self) -> Result<(), TrackerError> {
+        let regions = self.ranges.iter().map(|range| usize::from(range.region.0) + 1).max();
+        let mut shape = vec![(0, limits::PAGE_BYTES); regions.unwrap_or(0)];
+        for TrackedRange { region, offset, len, page_bytes, .. } in &self.ranges {
+            let (pages, granule) = &mut shape[usize::from(region.0)];
+            *granule = *page_bytes;
+            *pages = (*pages).max((offset + len) / page_bytes);
+        }
+        self.scan(&mut DirtySet::new(shape)).map(drop)
     }
 
     fn agree(&self) -> Result<(), TrackerError> {
