@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod cores;
 pub mod host;
 pub mod lab;
 pub mod limits;
