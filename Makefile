@@ -12,6 +12,7 @@ help:
 	@echo "make demo    move a live guest between two hosts on this machine"
 	@echo "make test    run all tests"
 	@echo "make check   formatting, lints, documentation, dependencies, and all tests"
+	@echo "make test-rdma  test RDMA on soft-RoCE and soft-iWARP, in a VM without a NIC"
 	@echo "make bench   run the benchmarks: make bench ARGS=migrate-vs-qemu"
 
 setup:
@@ -49,3 +50,5 @@ bench: build
 
 clean:
 	$(CARGO) clean
+
+include tests/rdma-vm/rdma-vm.mk
