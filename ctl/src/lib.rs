@@ -7,5 +7,6 @@ pub mod cores;
 pub mod host;
 pub mod lab;
 pub mod limits;
+pub mod qemu;
 pub mod qmp;
 pub mod report;

@@ -178,6 +178,11 @@ impl Qmp {
         self.lock().drain_events()
     }
 
+    /// Drops the events called `name` that have arrived, so that a later wait sees only newer ones.
+    pub fn forget_events(&self, name: &str) -> Result<(), QmpError> {
+        self.lock().forget_events(name)
+    }
+
     /// The process that opened the listening socket: (pid, uid) of SO_PEERCRED. Not QEMU's if the
     /// socket was passed to it, as libvirt does.
     pub fn listener_credentials(&self) -> Result<(i32, u32), QmpError> {

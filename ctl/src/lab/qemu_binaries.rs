@@ -73,7 +73,7 @@ impl QemuBinary {
     }
 
     /// Arguments that name its data files.
-    pub(super) fn data_arguments(&self) -> Vec<String> {
+    pub fn data_arguments(&self) -> Vec<String> {
         let Some(root) = &self.root else { return Vec::new() };
         ["usr/share/qemu", "usr/share/seabios"]
             .iter()

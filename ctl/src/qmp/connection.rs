@@ -18,7 +18,7 @@ use nix::sys::socket::{
 use serde_json::{Map, Value, json};
 
 use super::{Event, QmpError};
-use crate::limits::{QMP_CONNECT_RETRY, QMP_EVENTS_MAX, QMP_LINE_BYTES_MAX};
+use crate::limits::{QMP_CONNECT_RETRY, QMP_EVENTS_MAX, QMP_LINE_BYTES_MAX, QMP_LISTEN_TIMEOUT};
 
 /// One line from QEMU.
 #[derive(Debug)]
@@ -50,10 +50,15 @@ impl Connection {
         // would hang in connect() for ever. With this flag the kernel says EAGAIN instead.
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(failed)?;
+        // A QEMU that is just starting has bound its socket before it listens on it.
+        let listens_by = deadline.min(Instant::now() + QMP_LISTEN_TIMEOUT);
         loop {
             match connect(fd.as_raw_fd(), &address) {
                 Ok(()) => break,
                 Err(Errno::EAGAIN) if Instant::now() < deadline => {
+                    std::thread::sleep(QMP_CONNECT_RETRY);
+                }
+                Err(Errno::ECONNREFUSED) if Instant::now() < listens_by => {
                     std::thread::sleep(QMP_CONNECT_RETRY);
                 }
                 Err(Errno::EAGAIN) => return Err(QmpError::Busy { path: path.into() }),
@@ -132,12 +137,24 @@ impl Connection {
     }
 
     pub(super) fn drain_events(&mut self) -> Result<Vec<Event>, QmpError> {
+        self.collect_events()?;
+        Ok(self.events.drain(..).collect())
+    }
+
+    pub(super) fn forget_events(&mut self, name: &str) -> Result<(), QmpError> {
+        self.collect_events()?;
+        self.events.retain(|event| event.name != name);
+        Ok(())
+    }
+
+    /// Queues all events that have arrived.
+    fn collect_events(&mut self) -> Result<(), QmpError> {
         let now = Instant::now();
         loop {
             match self.read(now) {
                 Ok(Message::Event(event)) => self.queue(event),
                 Ok(_) => {}
-                Err(QmpError::Timeout { .. }) => return Ok(self.events.drain(..).collect()),
+                Err(QmpError::Timeout { .. }) => return Ok(()),
                 Err(error) => return Err(error.while_doing(|| "looking for events".into())),
             }
         }

@@ -113,6 +113,17 @@ fn nothing_listening_hints_at_qemus_option() {
 }
 
 #[test]
+fn socket_left_behind_is_told_from_one_not_listening_yet() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let path = dir.path().join("qmp");
+    drop(UnixListener::bind(&path).expect("bind"));
+    let began = Instant::now();
+    let error = Qmp::connect(&path).expect_err("nobody listens");
+    assert!(matches!(error, QmpError::Connect { .. }), "{error:?}");
+    assert!(began.elapsed() < Duration::from_secs(3));
+}
+
+#[test]
 fn silent_listener_is_busy() {
     let dir = tempfile::tempdir().expect("tempdir");
     let path = dir.path().join("qmp");
