@@ -181,9 +181,6 @@ pub struct DemoArgs {
     /// Pages that its program writes each second.
     #[arg(long, value_name = "N", default_value_t = 5000)]
     pub write_rate: u64,
-    /// The QEMU to use.
-    #[arg(long, value_name = "PATH")]
-    pub qemu: Option<PathBuf>,
 }
 
 /// A list of cores as taskset writes it: `0-3,8`.

@@ -4,9 +4,12 @@
 pub mod agent;
 pub mod cli;
 pub mod cores;
+pub mod demo;
 pub mod host;
 pub mod lab;
 pub mod limits;
+pub mod migrate;
 pub mod qemu;
 pub mod qmp;
+pub mod receive;
 pub mod report;

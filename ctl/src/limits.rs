@@ -40,3 +40,11 @@ pub const DEVICE_STATE_SOCKET_BYTES: usize = 4 << 20;
 /// How often a migration's status is asked for while waiting for its events: they come by
 /// themselves, so this is for the case that one does not.
 pub const MIGRATION_LOOK: Duration = Duration::from_millis(200);
+
+/// Device state on its way between two QEMUs, with the guest paused: seconds for the largest, and
+/// past this the guest is better off where it was.
+pub const STATE_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// Saving, carrying and loading the device state plus resuming, before any of it was measured: the
+/// median of small guests on the reference machine.
+pub const SWITCHOVER_GUESS: Duration = Duration::from_millis(8);

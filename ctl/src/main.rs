@@ -1,8 +1,43 @@
 //! The binary `pageferry`.
 #![forbid(unsafe_code)]
 
-fn main() {
-    if std::env::args().nth(1).as_deref() == Some("guest-init") {
-        pageferry_ctl::lab::guest_program::run();
+use std::process::ExitCode;
+
+use clap::Parser;
+use crossbeam_channel::bounded;
+use pageferry_ctl::cli::{Cli, Command};
+use pageferry_ctl::report::exit::Exit;
+use pageferry_ctl::{demo, lab, migrate, receive, report};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Command::GuestInit = cli.command {
+        lab::guest_program::run();
+    }
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_env("PAGEFERRY_LOG"))
+        .with_writer(std::io::stderr)
+        .init();
+    let (to_cancel, cancel) = bounded(16);
+    let handler = ctrlc::set_handler(move || {
+        // A full channel has been asked often enough.
+        let _asked_already = to_cancel.try_send(());
+    });
+    if let Err(error) = handler {
+        eprintln!("error: signal handler: {error}");
+        return Exit::Refused.into();
+    }
+    match cli.command {
+        Command::Migrate(args) => {
+            let mut reporter = report::reporter(args.json);
+            migrate::run(&args, &cancel, &mut *reporter).into()
+        }
+        Command::Target(args) => receive::run(&args, &cancel).into(),
+        Command::Demo(args) => demo::run(&args, &cancel).into(),
+        Command::Probe(_) => {
+            eprintln!("error: probe is not there yet");
+            Exit::BadUsage.into()
+        }
+        Command::GuestInit => unreachable!("it never returns"),
     }
 }

@@ -19,6 +19,9 @@ pub mod pid;
 pub mod recorded;
 pub mod refusal;
 pub mod runstate;
+pub mod source;
+mod stream;
+pub mod target;
 
 use serde_json::Value;
 

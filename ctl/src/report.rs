@@ -5,4 +5,9 @@
 
 pub mod events;
 pub mod exit;
+pub mod histograms;
+mod human;
+mod reporter;
 pub mod timeline;
+
+pub use reporter::{Reporter, reporter};

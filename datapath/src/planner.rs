@@ -109,13 +109,19 @@ pub fn plan(goals: &Goals, measured: &Measured) -> Plan {
         };
     }
     let stalled = is_stalled(measured) && measured.stalled_rounds + 1 >= goals.stalled_rounds_max;
-    if rounds_left && !stalled {
+    // What is left is not what makes the pause too long: no round can mend that.
+    if rounds_left && !stalled && !fixed_part_is_too_long(measured) {
         return Plan::AnotherRound;
     }
     match goals.stalled {
         Stalled::Stop => Plan::GiveUp,
         Stalled::SwitchOver => Plan::SwitchOver,
     }
+}
+
+/// Whether it is not what is left that makes the pause too long.
+pub fn fixed_part_is_too_long(measured: &Measured) -> bool {
+    move_time(measured, measured.left_bytes) < GAIN_MIN
 }
 
 /// Whether this scan found no less than the best one before it.

@@ -12,7 +12,7 @@ use pageferry_datapath::source::Failure;
 use pageferry_datapath::tracker::DirtyTracker;
 
 /// What is known of a guest before anything is touched.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct GuestFacts {
     /// The monitor's name and version.
     pub monitor: String,

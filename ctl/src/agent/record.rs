@@ -1,18 +1,25 @@
 //! What each side writes down about a session, so that a crash leaves no doubt.
 //!
-//! One small JSON file per session and role, replaced as a whole: written beside, synced, renamed,
-//! directory synced. The source's `handed-over` stands before the commit message leaves.
+//! One small file per session and role: [`SLOTS`] places of [`SLOT_BYTES`], each JSON and then
+//! zeros, of which the newest valid one counts. The file has its size from the start, so that a
+//! decision inside the pause costs one write to blocks that are there already, and one
+//! `fdatasync`. The source's `handed-over` stands before the commit message leaves.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pageferry_datapath::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
 /// Where records are kept unless told otherwise.
 pub const STATE_DIR: &str = "/var/lib/pageferry";
+
+/// Bytes of one place: twice the largest record, and no write crosses a block.
+pub const SLOT_BYTES: usize = 1024;
+/// Places: a torn write spoils one, and the one before still stands.
+pub const SLOTS: usize = 4;
 
 /// Which side a record is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +62,8 @@ pub struct Record {
     pub qmp: PathBuf,
     /// The monitor's pid on this side.
     pub pid: i32,
+    /// Which write of this session this is; the highest counts.
+    pub sequence: u64,
     /// Seconds since 1970 when this was written.
     pub written_at: u64,
 }
@@ -75,57 +84,88 @@ pub struct RecordError {
 /// Keeps one session's record.
 #[derive(Debug)]
 pub struct Records {
-    dir: PathBuf,
+    path: PathBuf,
+    file: File,
     record: Record,
+    /// What the cheapest durable write has cost so far.
+    write_cost: Duration,
 }
 
 impl Records {
     /// Begins a record as [`Decision::Attempting`]; creates the folder if it is not there.
     pub fn begin(dir: &Path, record: Record) -> Result<Self, RecordError> {
-        let at = |source| RecordError { path: dir.to_owned(), step: "created", source };
-        fs::create_dir_all(dir).map_err(at)?;
-        let mut records = Self { dir: dir.to_owned(), record };
+        let role = match record.role {
+            Role::Source => "source",
+            Role::Target => "target",
+        };
+        let path = dir.join(format!("{}.{role}.json", record.session));
+        let failed = |step: &'static str| {
+            let path = path.clone();
+            move |source| RecordError { path, step, source }
+        };
+        fs::create_dir_all(dir).map_err(failed("created"))?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create_new(true).open(&path);
+        let file = file.map_err(failed("created"))?;
+        file.write_all_at(&[0; SLOTS * SLOT_BYTES], 0).map_err(failed("written"))?;
+        file.sync_all().map_err(failed("made durable"))?;
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("made durable"))?;
+        let mut records = Self { path, file, record, write_cost: Duration::MAX };
+        // Twice: the first write may still have to find its blocks.
+        records.write(Decision::Attempting)?;
         records.write(Decision::Attempting)?;
         Ok(records)
     }
 
-    /// Replaces the record's decision; durable when this returns.
+    /// Writes down another decision; durable when this returns.
     pub fn write(&mut self, decision: Decision) -> Result<(), RecordError> {
-        self.record.decision = decision;
-        self.record.written_at =
+        let began = Instant::now();
+        let mut record = self.record.clone();
+        record.decision = decision;
+        record.sequence += 1;
+        record.written_at =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let path = self.path();
-        let beside = path.with_extension("new");
-        let step = |step| {
-            let path = path.clone();
+        let mut bytes = serde_json::to_vec(&record).expect("a record is plain data");
+        assert!(bytes.len() < SLOT_BYTES, "a record fits its place");
+        bytes.resize(SLOT_BYTES, 0);
+        let slot = record.sequence as usize % SLOTS;
+        let failed = |step: &'static str| {
+            let path = self.path.clone();
             move |source| RecordError { path, step, source }
         };
-        let bytes = serde_json::to_vec_pretty(&self.record).expect("a record is plain data");
-        let mut file = File::create(&beside).map_err(step("created"))?;
-        file.write_all(&bytes).map_err(step("written"))?;
-        file.sync_all().map_err(step("made durable"))?;
-        fs::rename(&beside, &path).map_err(step("written"))?;
-        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(step("made durable"))
+        self.file.write_all_at(&bytes, (slot * SLOT_BYTES) as u64).map_err(failed("written"))?;
+        self.file.sync_data().map_err(failed("made durable"))?;
+        self.record = record;
+        self.write_cost = self.write_cost.min(began.elapsed());
+        Ok(())
+    }
+
+    /// What one durable write costs here, at its best so far.
+    pub fn write_cost(&self) -> Duration {
+        self.write_cost
     }
 
     /// Where this record is.
-    pub fn path(&self) -> PathBuf {
-        let role = match self.record.role {
-            Role::Source => "source",
-            Role::Target => "target",
-        };
-        self.dir.join(format!("{}.{role}.json", self.record.session))
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Removes a record that no longer says anything: the session ended and both sides know how.
     pub fn forget(self) {
-        let _a_leftover_is_harmless = fs::remove_file(self.path());
+        let _a_leftover_is_harmless = fs::remove_file(self.path);
     }
 }
 
-/// Reads one record.
+/// Reads one record: the newest whole one of its places.
 pub fn read(path: &Path) -> std::io::Result<Record> {
-    serde_json::from_slice(&fs::read(path)?).map_err(std::io::Error::other)
+    let bytes = fs::read(path)?;
+    let whole = bytes.chunks(SLOT_BYTES).filter_map(|slot| {
+        let end = slot.iter().position(|byte| *byte == 0).unwrap_or(slot.len());
+        serde_json::from_slice::<Record>(&slot[..end]).ok()
+    });
+    whole.max_by_key(|record| record.sequence).ok_or_else(|| {
+        std::io::Error::new(std::io::ErrorKind::InvalidData, "no place holds a whole record")
+    })
 }
 
 #[cfg(test)]
@@ -133,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_is_replaced_as_a_whole_and_forgotten() {
+    fn the_newest_whole_write_counts() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let record = Record {
             session: SessionId(7),
@@ -142,12 +182,16 @@ mod tests {
             peer: "10.0.0.2:4444".into(),
             qmp: "/run/qmp".into(),
             pid: 1,
+            sequence: 0,
             written_at: 0,
         };
         let mut records = Records::begin(dir.path(), record).expect("begun");
         records.write(Decision::HandedOver).expect("written");
-        let path = records.path();
+        let path = records.path().to_owned();
         assert_eq!(read(&path).expect("readable").decision, Decision::HandedOver);
+        let torn = SLOT_BYTES as u64 * 3 + 40;
+        records.file.write_all_at(&[0xff; 100], torn).expect("written");
+        assert_eq!(read(&path).expect("readable").decision, Decision::Attempting);
         records.forget();
         assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 0);
     }

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::control::{Choice, Hello, LaneOffer, Message, Offer, SourceLimits};
-use pageferry_datapath::holes;
+use pageferry_datapath::holes::{self, HolesError};
 use pageferry_datapath::ids::{RoundIndex, SessionId};
-use pageferry_datapath::lane::{LaneEvent, LaneStats, SourceLanes};
+use pageferry_datapath::lane::{LaneEvent, LanePath, LaneStats, SourceLanes};
 use pageferry_datapath::limits;
 use pageferry_datapath::planner::Goals;
 use pageferry_datapath::region::GuestMemory;
@@ -61,6 +61,10 @@ pub struct SourceOptions {
 /// How far a migration is; told to the watcher at every change and every 100 ms.
 #[derive(Debug)]
 pub struct Watch<'a> {
+    /// The session.
+    pub session: SessionId,
+    /// The lanes' transport, once it was chosen.
+    pub path: Option<LanePath>,
     /// Since the attempt began.
     pub at: Duration,
     /// Where the source is.
@@ -95,6 +99,22 @@ pub struct SourceResult {
     pub total: Duration,
 }
 
+impl SourceResult {
+    /// Of an attempt that ended before anything was begun.
+    pub fn untouched(outcome: Outcome) -> Self {
+        Self {
+            session: SessionId(0),
+            outcome,
+            report: SourceReport::default(),
+            lanes: Vec::new(),
+            scans: Vec::new(),
+            state_bytes: 0,
+            attach_stopped: None,
+            total: Duration::ZERO,
+        }
+    }
+}
+
 /// Moves the guest of `monitor`; returns when it is over, however it ended.
 pub fn run(
     options: &SourceOptions,
@@ -108,13 +128,8 @@ pub fn run(
         Ok(agent) => agent.run(options, cancel, watch),
         Err(failure) => SourceResult {
             session,
-            outcome: Outcome::Failed { kind: FailureKind::Refused, failure },
-            report: SourceReport::default(),
-            lanes: Vec::new(),
-            scans: Vec::new(),
-            state_bytes: 0,
-            attach_stopped: None,
             total: started.elapsed(),
+            ..SourceResult::untouched(Outcome::Failed { kind: FailureKind::Refused, failure })
         },
     }
 }
@@ -125,20 +140,21 @@ struct Agent<'a> {
     monitor: &'a mut dyn SourceMonitor,
     link: Link,
     records: Option<Records>,
-    record_cost: Duration,
     inputs: Receiver<Input>,
     to_inputs: Sender<Input>,
     lane_events: Receiver<LaneEvent>,
     to_lane_events: Sender<LaneEvent>,
     lane_choice: LaneChoice,
     same_host: bool,
+    path: Option<LanePath>,
     lanes: Option<Box<dyn SourceLanes>>,
     lane_stats: Vec<LaneStats>,
     work: Option<Arc<RoundWork>>,
     placed: usize,
     memory: GuestMemory,
     tracker: Option<Box<dyn DirtyTracker>>,
-    shape: Option<DirtySet>,
+    /// Every page of which some content is at the target, or on its way there.
+    sent: Option<DirtySet>,
     scans: Vec<Duration>,
     attach_stopped: Option<Duration>,
     digest: Option<DigestJob>,
@@ -158,7 +174,6 @@ impl<'a> Agent<'a> {
             let hint = "is `pageferry target --listen` running there, and the port open?";
             failure::host("target", &error, Some(hint.into()))
         })?;
-        let begun = Instant::now();
         let records = Records::begin(
             &options.state_dir,
             Record {
@@ -168,6 +183,7 @@ impl<'a> Agent<'a> {
                 peer: options.to.clone(),
                 qmp: options.qmp.clone(),
                 pid: monitor.facts().pid,
+                sequence: 0,
                 written_at: 0,
             },
         )
@@ -175,7 +191,6 @@ impl<'a> Agent<'a> {
             let hint = "name a writable folder with --state-dir";
             failure::host("record", &error, Some(hint.into()))
         })?;
-        let record_cost = begun.elapsed();
         let (to_inputs, inputs) = unbounded();
         let (to_lane_events, lane_events) = unbounded();
         Ok(Self {
@@ -184,20 +199,20 @@ impl<'a> Agent<'a> {
             monitor,
             link,
             records: Some(records),
-            record_cost,
             inputs,
             to_inputs,
             lane_events,
             to_lane_events,
             lane_choice: options.lanes.clone(),
             same_host: false,
+            path: None,
             lanes: None,
             lane_stats: Vec::new(),
             work: None,
             placed: 0,
             memory: GuestMemory::default(),
             tracker: None,
-            shape: None,
+            sent: None,
             scans: Vec::new(),
             attach_stopped: None,
             digest: None,
@@ -370,6 +385,7 @@ impl<'a> Agent<'a> {
         // The lanes lease guest memory, so it is mapped before them and tracked after.
         self.memory = self.monitor.map_memory()?;
         let address = self.link.peer().ok_or_else(|| lost(&LinkError::Closed))?;
+        self.path = choice.lanes.first().map(|lane| lane.path);
         self.lanes = Some(lanes::open(
             address,
             self.session,
@@ -396,8 +412,9 @@ impl<'a> Agent<'a> {
                 .set_extent(extent)
                 .map_err(|error| failure::host("first pass", &error, None))?;
         }
-        self.shape = Some(populated.empty_like());
-        Ok(Input::Attached { populated, fixed: self.monitor.fixed_cost() + self.record_cost })
+        self.sent = Some(populated.clone());
+        let recording = self.records.as_ref().map_or(Duration::ZERO, Records::write_cost);
+        Ok(Input::Attached { populated, fixed: self.monitor.fixed_cost() + recording })
     }
 
     fn move_round(&mut self, round: RoundIndex, pages: &DirtySet) -> Option<Input> {
@@ -410,12 +427,31 @@ impl<'a> Agent<'a> {
 
     fn scan(&mut self) -> Result<Input, Failure> {
         let tracker = self.tracker.as_mut().expect("tracking is armed before scans");
-        let mut found = self.shape.as_ref().expect("set with the tracker").empty_like();
+        let mut found = self.sent.as_ref().expect("set with the tracker").empty_like();
         let stats = tracker
             .scan(&mut found)
             .map_err(|error| failure::host("dirty tracking", &error, None))?;
         self.scans.push(stats.elapsed);
+        self.leave_holes(&mut found)
+            .map_err(|error| failure::host("dirty tracking", &error, None))?;
         Ok(Input::Scanned(found))
+    }
+
+    /// A scan may report holes whose page table is new. What was never sent and is a hole is one at
+    /// the target too: moving it would only populate it on both sides. (What was sent and became a
+    /// hole since moves as zeros.)
+    fn leave_holes(&mut self, found: &mut DirtySet) -> Result<(), HolesError> {
+        let sent = self.sent.as_mut().expect("set with the tracker");
+        let mut fresh = found.clone();
+        fresh.subtract(sent);
+        if !fresh.is_empty() {
+            for extent in holes::guest_data_extents(&self.memory)? {
+                fresh.clear_extent(extent).expect("an extent of this memory");
+            }
+            found.subtract(&fresh);
+        }
+        sent.union_with(found);
+        Ok(())
     }
 
     /// Digests on threads of its own, so that a cancel is heard meanwhile.
@@ -501,6 +537,8 @@ impl<'a> Agent<'a> {
 
     fn watched<'m>(&self, machine: &'m Source) -> Watch<'m> {
         Watch {
+            session: self.session,
+            path: self.path,
             at: self.now(),
             phase: machine.phase(),
             report: machine.report(),

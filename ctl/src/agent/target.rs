@@ -340,6 +340,7 @@ impl<'a> Session<'a> {
             peer: self.link.peer().map(|peer| peer.to_string()).unwrap_or_default(),
             qmp: self.options.qmp.clone().unwrap_or_default(),
             pid,
+            sequence: 0,
             written_at: 0,
         };
         Records::begin(&self.options.state_dir, record).map_err(|error| {

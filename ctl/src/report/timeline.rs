@@ -105,7 +105,7 @@ impl<'a> Timeline<'a> {
     }
 
     /// The event of one round.
-    pub fn round_event(&self, round: &RoundReport, left_bytes: Option<u64>) -> Round {
+    pub fn round_event(&self, round: &RoundReport) -> Round {
         Round {
             at_ms: ms(self.end),
             round: round.round.0,
@@ -114,7 +114,7 @@ impl<'a> Timeline<'a> {
             took_ms: ms(round.took),
             bytes_per_second: per_second(round.bytes, round.took),
             dirty_bytes_per_second: self.report.dirty_bytes_per_second,
-            left_bytes,
+            left_bytes: if round.last { None } else { self.report.left_bytes },
             blackout_predicted_ms: self.report.predicted_blackout.map(ms),
             in_blackout: round.last,
         }
@@ -126,18 +126,21 @@ impl<'a> Timeline<'a> {
         Some(Drain { at_ms: ms(self.end), pause_ms: ms(pause), reason: reason.to_owned() })
     }
 
-    /// The event of the brownout; `wire_bytes` of all lanes so far.
+    /// The event of the brownout. `wire_bytes` are those of the whole migration: what moved inside
+    /// the pause is taken off, its headers are not.
     pub fn brownout_event(&self, wire_bytes: u64) -> Option<Brownout> {
         let brownout = self.brownout()?;
         let rounds: Vec<_> = self.report.rounds.iter().filter(|round| !round.last).collect();
         let moved_bytes = rounds.iter().map(|round| round.bytes).sum();
+        let in_blackout: u64 =
+            self.report.rounds.iter().filter(|round| round.last).map(|round| round.bytes).sum();
         let scans = |phase| self.report.phases.iter().filter(|(at, _)| *at == phase).count() as u32;
         Some(Brownout {
             at_ms: ms(self.entered(Phase::Pausing).unwrap_or(self.end)),
             brownout_ms: ms(brownout),
             rounds: rounds.len() as u32,
             moved_bytes,
-            wire_bytes,
+            wire_bytes: wire_bytes.saturating_sub(in_blackout),
             bytes_per_second: per_second(moved_bytes, brownout),
             dirty_pages: rounds.iter().skip(1).map(|round| round.pages).sum(),
             scans: scans(Phase::Scanning) + scans(Phase::DrainScanning),

@@ -86,23 +86,23 @@ pub(super) fn misbehaved(what: &str) -> Failure {
 }
 
 pub(super) fn not_converging(goals: &Goals, measured: &Measured) -> Failure {
-    Failure {
-        reason: AbortReason::NotConverging,
-        by_peer: false,
-        text: format!(
+    let predicted = planner::predicted_blackout(measured).as_millis();
+    let wanted = goals.downtime.as_millis();
+    let text = match planner::fixed_part_is_too_long(measured) {
+        true => format!(
+            "pausing, recording the decision and handing over take {predicted} ms on these hosts, \
+             however little is left to move; {wanted} ms were asked for"
+        ),
+        false => format!(
             "the guest writes faster than the lanes move: {} MiB left after {} rounds, a pause of \
-             {} ms where {} ms were asked for",
+             {predicted} ms where {wanted} ms were asked for",
             measured.left_bytes >> 20,
             measured.rounds,
-            planner::predicted_blackout(measured).as_millis(),
-            goals.downtime.as_millis(),
         ),
-        hint: Some(
-            "allow a longer pause with --downtime-ms, or take it as it comes with \
-             --not-converging switch-over"
-                .into(),
-        ),
-    }
+    };
+    let hint = "allow a longer pause with --downtime-ms, or take it as it comes with \
+                --not-converging switch-over";
+    Failure { reason: AbortReason::NotConverging, by_peer: false, text, hint: Some(hint.into()) }
 }
 
 pub(super) fn differing(ours: &MemoryDigest, theirs: &MemoryDigest) -> Failure {

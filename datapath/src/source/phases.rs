@@ -423,6 +423,7 @@ impl Context {
         self.last_scan = now;
         let per_second = u128::from(measured.dirty_bytes) * 1_000_000_000
             / measured.dirty_time.as_nanos().max(1);
+        self.report.left_bytes = Some(measured.left_bytes);
         self.report.dirty_bytes_per_second = Some(u64::try_from(per_second).unwrap_or(u64::MAX));
     }
 }

@@ -30,6 +30,8 @@ pub struct SourceReport {
     pub rounds: Vec<RoundReport>,
     /// Bytes that were not holes when the first pass began.
     pub populated_bytes: u64,
+    /// What the last scan while the guest ran found left to move, in bytes.
+    pub left_bytes: Option<u64>,
     /// Pages written between the last two scans, per second, in bytes.
     pub dirty_bytes_per_second: Option<u64>,
     /// The pause predicted when the switchover was decided.

@@ -1,0 +1,312 @@
+//! `pageferry migrate`: the source agent with its events, report and exit code.
+
+use std::time::Duration;
+
+use crossbeam_channel::Receiver;
+use hdrhistogram::Histogram;
+use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
+use pageferry_datapath::planner::{Goals, Stalled};
+use pageferry_datapath::source::{FailureKind, Outcome, Phase, SourceReport};
+use pageferry_uring::plan::PathWish;
+
+use crate::agent::lanes::LaneChoice;
+use crate::agent::monitor::GuestFacts;
+use crate::agent::source::{self, SourceOptions, SourceResult, Watch};
+use crate::cli::{CpuList, MigrateArgs, NotConverging, ZeroCopyChoice};
+use crate::host;
+use crate::qemu::source::QemuSource;
+use crate::report::Reporter;
+use crate::report::events::{
+    Event, LaneDetail, Latency, MigrationOutcome, RunningOn, Start, Summary,
+};
+use crate::report::exit::Exit;
+use crate::report::histograms;
+use crate::report::timeline::{Timeline, ms, per_second};
+
+/// Longest latency the histograms tell apart.
+const LATENCY_NS_MAX: u64 = 60_000_000_000;
+
+/// Runs the subcommand.
+pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporter) -> Exit {
+    let options = options(args);
+    let mut monitor = match QemuSource::inspect(&args.qmp, args.scan) {
+        Ok(monitor) => monitor,
+        Err(failure) => {
+            let outcome = Outcome::Failed { kind: FailureKind::Refused, failure };
+            let result = SourceResult::untouched(outcome);
+            let latencies = Latencies::of(&result);
+            let summary = summary(&GuestFacts::default(), &result, Exit::Refused, &latencies);
+            reporter.event(&Event::Summary(Box::new(summary)));
+            return Exit::Refused;
+        }
+    };
+    let facts = crate::agent::monitor::SourceMonitor::facts(&monitor).clone();
+    let mut told = Told::default();
+    let result = source::run(&options, &mut monitor, cancel, &mut |watch| {
+        told.tell(watch, &facts, &options, reporter);
+        reporter.progress(watch);
+    });
+    told.tell_end(&result, reporter);
+    let exit = exit_of(&result.outcome);
+    let latencies = Latencies::of(&result);
+    if let Some(path) = &args.histogram
+        && let Err(error) = histograms::write_hgrm(path, &latencies.named())
+    {
+        eprintln!("error: histogram file {}: {error}", path.display());
+    }
+    reporter.event(&Event::Summary(Box::new(summary(&facts, &result, exit, &latencies))));
+    exit
+}
+
+fn options(args: &MigrateArgs) -> SourceOptions {
+    SourceOptions {
+        to: args.to.clone(),
+        target_qmp: args.target_qmp.as_ref().map(|path| path.display().to_string()),
+        qmp: args.qmp.clone(),
+        lanes: LaneChoice {
+            count: args.lanes,
+            cpus: cpus(args.cpus.as_ref()),
+            path: path(args.no_io_uring),
+            zero_copy: args.zero_copy == ZeroCopyChoice::Auto,
+        },
+        goals: Goals {
+            downtime: Duration::from_millis(args.downtime_ms),
+            rounds_max: args.rounds_max,
+            stalled: match args.not_converging {
+                NotConverging::Stop => Stalled::Stop,
+                NotConverging::SwitchOver => Stalled::SwitchOver,
+            },
+            ..Goals::default()
+        },
+        verify: args.verify,
+        skip_drain: args.unsafe_no_drain,
+        state_dir: args.state_dir.clone(),
+    }
+}
+
+/// The cores told, or all this process may use.
+pub fn cpus(told: Option<&CpuList>) -> Vec<usize> {
+    told.map_or_else(host::cpus_allowed, |list| list.0.clone())
+}
+
+/// Which system calls lanes use.
+pub fn path(no_io_uring: bool) -> PathWish {
+    if no_io_uring { PathWish::Plain } else { PathWish::Auto }
+}
+
+/// What was already told, so that every event is told once and when it happens.
+#[derive(Default)]
+struct Told {
+    start: bool,
+    rounds: usize,
+    drains: usize,
+}
+
+impl Told {
+    fn tell(
+        &mut self,
+        watch: &Watch<'_>,
+        facts: &GuestFacts,
+        options: &SourceOptions,
+        reporter: &mut dyn Reporter,
+    ) {
+        let timeline = Timeline::new(watch.report, watch.at);
+        if !self.start && watch.phase == Phase::Moving {
+            self.start = true;
+            reporter.event(&Event::Start(start(watch, facts, options)));
+        }
+        // A round is told when the scan after it is done: what it left belongs to it.
+        let scanned = match watch.phase {
+            Phase::Closing | Phase::Spacing | Phase::Scanning => watch.report.rounds.len() - 1,
+            _ => watch.report.rounds.len(),
+        };
+        for round in &watch.report.rounds[self.rounds.min(scanned)..scanned] {
+            reporter.event(&Event::Round(timeline.round_event(round)));
+        }
+        self.rounds = self.rounds.max(scanned);
+        let drains = count(watch.report, Phase::DrainResuming);
+        if drains > self.drains && watch.phase == Phase::Moving {
+            self.drains = drains;
+            let reason = facts.drain.as_deref().unwrap_or_default();
+            reporter.event(&Event::Drain(timeline.drain_event(reason).expect("it drained")));
+        }
+    }
+
+    /// The brown-out's event comes after the pause: telling it must not make the pause longer.
+    fn tell_end(&mut self, result: &SourceResult, reporter: &mut dyn Reporter) {
+        let timeline = Timeline::new(&result.report, result.total);
+        for round in &result.report.rounds[self.rounds..] {
+            reporter.event(&Event::Round(timeline.round_event(round)));
+        }
+        let wire_bytes = result.lanes.iter().map(|lane| lane.wire_bytes).sum();
+        if let Some(brownout) = timeline.brownout_event(wire_bytes) {
+            reporter.event(&Event::Brownout(brownout));
+        }
+        if let Some(blackout) = timeline.blackout_event(result.state_bytes) {
+            reporter.event(&Event::Blackout(blackout));
+        }
+    }
+}
+
+fn count(report: &SourceReport, phase: Phase) -> usize {
+    report.phases.iter().filter(|(at, _)| *at == phase).count()
+}
+
+fn start(watch: &Watch<'_>, facts: &GuestFacts, options: &SourceOptions) -> Start {
+    Start {
+        at_ms: ms(watch.at),
+        session: watch.session.to_string(),
+        transport: watch.path.unwrap_or(LanePath::TcpPlain),
+        transport_reason: transport_reason(options),
+        tracker: facts.tracker.0.clone(),
+        tracker_reason: facts.tracker.1.clone(),
+        lanes: watch.lanes,
+        guest_bytes: guest_bytes(facts),
+        populated_bytes: watch.report.populated_bytes,
+    }
+}
+
+fn transport_reason(options: &SourceOptions) -> String {
+    match options.lanes.path {
+        PathWish::Plain => "TCP by plain sockets: asked for".into(),
+        PathWish::Uring => "TCP by io_uring: asked for".into(),
+        PathWish::Auto => "TCP is what both hosts have".into(),
+    }
+}
+
+fn guest_bytes(facts: &GuestFacts) -> u64 {
+    facts.regions.iter().map(|region| region.bytes).sum()
+}
+
+/// The exit code for an outcome.
+pub fn exit_of(outcome: &Outcome) -> Exit {
+    match outcome {
+        Outcome::Migrated => Exit::Done,
+        Outcome::Failed { kind, .. } => match kind {
+            FailureKind::Refused => Exit::Refused,
+            FailureKind::RunsAtSource => Exit::RunningAtSource,
+            FailureKind::PausedAtSource => Exit::PausedAtSource,
+            FailureKind::Uncertain => Exit::HandoverUncertain,
+        },
+    }
+}
+
+/// The histograms of one migration, all lanes together.
+struct Latencies {
+    batches: Histogram<u64>,
+    barriers: Histogram<u64>,
+    scans: Histogram<u64>,
+}
+
+impl Latencies {
+    fn of(result: &SourceResult) -> Self {
+        let (mut batches, mut barriers, mut scans) = (blank_ns(), blank_ns(), blank_ns());
+        for lane in &result.lanes {
+            // Same bounds on both sides: every value fits.
+            let _all_fit = batches.add(&lane.batch_ns);
+            let _all_fit = barriers.add(&lane.barrier_ns);
+        }
+        for scan in &result.scans {
+            scans.saturating_record(scan.as_nanos() as u64);
+        }
+        Self { batches, barriers, scans }
+    }
+
+    fn named(&self) -> [(&'static str, &Histogram<u64>); 3] {
+        [("batches", &self.batches), ("barriers", &self.barriers), ("scans", &self.scans)]
+    }
+
+    fn events(&self) -> Vec<Latency> {
+        let filled = self.named().into_iter().filter(|(_, histogram)| !histogram.is_empty());
+        filled.map(|(of, histogram)| histograms::latency(of, histogram)).collect()
+    }
+}
+
+fn blank_ns() -> Histogram<u64> {
+    Histogram::new_with_max(LATENCY_NS_MAX, 3).expect("bounds that HdrHistogram takes")
+}
+
+fn summary(
+    facts: &GuestFacts,
+    result: &SourceResult,
+    exit: Exit,
+    latencies: &Latencies,
+) -> Summary {
+    let timeline = Timeline::new(&result.report, result.total);
+    let rounds = &result.report.rounds;
+    let moved_bytes = rounds.iter().map(|round| round.bytes).sum();
+    let moving = rounds.iter().map(|round| round.took).sum();
+    let migrated = result.outcome == Outcome::Migrated;
+    let failure = match &result.outcome {
+        Outcome::Migrated => None,
+        Outcome::Failed { failure, .. } => Some(failure.clone()),
+    };
+    Summary {
+        outcome: match migrated {
+            true => MigrationOutcome::Migrated,
+            false => MigrationOutcome::Failed,
+        },
+        guest_running_on: running_on(&result.outcome),
+        session: result.session.to_string(),
+        transport: result.lanes.first().map(|lane| lane.path),
+        transport_reason: None,
+        tracker: Some(facts.tracker.0.clone()),
+        tracker_reason: Some(facts.tracker.1.clone()),
+        lanes: result.lanes.len(),
+        rounds: rounds.len() as u32,
+        guest_bytes: guest_bytes(facts),
+        populated_bytes: result.report.populated_bytes,
+        moved_bytes,
+        wire_bytes: result.lanes.iter().map(|lane| lane.wire_bytes).sum(),
+        zero_copy: zero_copy(&result.lanes),
+        zero_copy_reason: None,
+        brownout_ms: timeline.brownout().map(ms),
+        blackout_ms: timeline.blackout().map(ms),
+        blackout_predicted_ms: result.report.predicted_blackout.map(ms),
+        blackout_parts_ms: timeline.blackout_parts(),
+        drain_pause_ms: timeline.drain_pause().map(ms),
+        total_ms: ms(result.total),
+        bytes_per_second: per_second(moved_bytes, moving),
+        cpu_seconds_source: host::cpu_time().as_secs_f64(),
+        cpu_seconds_target: result.report.running.map(|r| r.cpu_us as f64 / 1e6),
+        verified: result.report.verified,
+        lane_details: result.lanes.iter().enumerate().map(detail).collect(),
+        latencies: latencies.events(),
+        exit_code: exit.code(),
+        reason: failure.as_ref().map(|failure| failure.text.clone()),
+        hint: failure.and_then(|failure| failure.hint),
+    }
+}
+
+fn running_on(outcome: &Outcome) -> RunningOn {
+    match outcome {
+        Outcome::Migrated => RunningOn::Target,
+        Outcome::Failed { kind, .. } => match kind {
+            FailureKind::Refused | FailureKind::RunsAtSource => RunningOn::Source,
+            FailureKind::PausedAtSource => RunningOn::None,
+            FailureKind::Uncertain => RunningOn::Uncertain,
+        },
+    }
+}
+
+/// `copied` as soon as one lane was told so, `yes` only if all sent from guest memory.
+fn zero_copy(lanes: &[LaneStats]) -> ZeroCopy {
+    let any = |state| lanes.iter().any(|lane| lane.zero_copy == state);
+    match (any(ZeroCopy::Copied), any(ZeroCopy::Off)) {
+        (true, _) => ZeroCopy::Copied,
+        (false, false) if !lanes.is_empty() => ZeroCopy::Yes,
+        _ => ZeroCopy::Off,
+    }
+}
+
+fn detail((lane, stats): (usize, &LaneStats)) -> LaneDetail {
+    LaneDetail {
+        lane: lane as u16,
+        path: stats.path,
+        cpu: stats.cpu,
+        zero_copy: stats.zero_copy,
+        moved_bytes: stats.moved_bytes,
+        wire_bytes: stats.wire_bytes,
+        syscalls: stats.syscalls,
+    }
+}

@@ -1,0 +1,106 @@
+//! A QEMU that waits for a guest (`-incoming defer`).
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pageferry_datapath::control::{AbortReason, Offer};
+use pageferry_datapath::region::GuestMemory;
+use pageferry_datapath::source::Failure;
+
+use super::capabilities::Settings;
+use super::checks::{self, CheckError, QemuFacts, Side};
+use super::device_state::{Incoming, PausedBy};
+use super::runstate;
+use super::source::{check_failure, connect, map_memory};
+use super::stream::QemuStream;
+use crate::agent::failure;
+use crate::agent::monitor::{StateStream, TargetMonitor};
+use crate::limits::STATE_TIMEOUT;
+use crate::qmp::Qmp;
+
+/// A waiting QEMU that passed its own checks.
+#[derive(Debug)]
+pub struct QemuTarget {
+    qmp: Qmp,
+    qemu: QemuFacts,
+    settings: Option<Settings>,
+    incoming: Option<Incoming>,
+    stream: Option<Arc<QemuStream>>,
+}
+
+impl QemuTarget {
+    /// Connects to QEMU and looks whether it can take in a guest. Touches nothing.
+    pub fn open(path: &Path) -> Result<Self, Failure> {
+        let qmp = connect(path)?;
+        let qemu = checks::target(&qmp).map_err(|error| check_failure(&error))?;
+        Ok(Self { qmp, qemu, settings: None, incoming: None, stream: None })
+    }
+}
+
+impl TargetMonitor for QemuTarget {
+    fn pid(&self) -> i32 {
+        self.qemu.process.pid()
+    }
+
+    fn inspect(&mut self, offer: &Offer) -> Result<GuestMemory, Failure> {
+        let refusals = checks::compare(&offer.regions, &offer.machine, &self.qemu);
+        if !refusals.is_empty() {
+            return Err(check_failure(&CheckError::Refused { refusals }));
+        }
+        // In the order of the offer: that is what numbers them.
+        let order = |name: &str| offer.regions.iter().position(|region| region.name == name);
+        let mut blocks: Vec<_> =
+            self.qemu.memory.ram.drain(..).zip(self.qemu.places.drain(..)).collect();
+        blocks.sort_by_key(|(ram, _)| order(&ram.name));
+        (self.qemu.memory.ram, self.qemu.places) = blocks.into_iter().unzip();
+        map_memory(&self.qemu)
+    }
+
+    fn prepare_incoming(&mut self) -> Result<Arc<dyn StateStream>, Failure> {
+        let settings = Settings::apply(&self.qmp, Side::Target, PausedBy::Agent)
+            .map_err(|error| failure::host("QEMU's migration settings", &error, None))?;
+        self.settings = Some(settings);
+        let (incoming, channel) = Incoming::begin(&self.qmp).map_err(|error| {
+            failure::host("device state", &error, error.hint().map(String::from))
+        })?;
+        self.incoming = Some(incoming);
+        let stream = Arc::new(QemuStream::new(channel));
+        self.stream = Some(Arc::clone(&stream));
+        Ok(stream)
+    }
+
+    fn state_loaded(&mut self) -> Result<(), Failure> {
+        let incoming = self.incoming.as_ref().expect("prepared before");
+        incoming.wait_loaded(&self.qmp, Instant::now() + STATE_TIMEOUT).map_err(|error| {
+            let hint = error.hint().map(String::from);
+            Failure {
+                reason: AbortReason::HostFailed,
+                ..failure::host("device state at the target", &error, hint)
+            }
+        })
+    }
+
+    fn resume(&mut self) -> Result<(), Failure> {
+        match runstate::cont(&self.qmp) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                // Whatever went wrong, it must not run after we say that it does not.
+                let _may_be_gone = runstate::stop(&self.qmp);
+                Err(failure::host("starting the guest at the target", &error, None))
+            }
+        }
+    }
+
+    fn unwind(&mut self) {
+        if let Some(stream) = self.stream.take() {
+            stream.close();
+        }
+        self.incoming = None;
+        if let Some(settings) = self.settings.take()
+            && let Err(error) = settings.restore(&self.qmp)
+        {
+            tracing::debug!(%error, "the target QEMU's migration settings stay as they are");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! `pageferry target`: the target agent with its messages and exit code.
+
+use crossbeam_channel::Receiver;
+use pageferry_datapath::source::Failure;
+use pageferry_datapath::target::Outcome;
+
+use crate::agent::acceptor::Acceptor;
+use crate::agent::failure;
+use crate::agent::lanes::LaneChoice;
+use crate::agent::monitor::TargetMonitor;
+use crate::agent::target::{self, TargetOptions, TargetResult};
+use crate::cli::TargetArgs;
+use crate::migrate::{cpus, path};
+use crate::qemu::target::QemuTarget;
+use crate::report::exit::Exit;
+
+/// Runs the subcommand: one migration after the other until Ctrl-C, or one with `--once`.
+pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
+    let acceptor = match Acceptor::listen(&args.listen) {
+        Ok(acceptor) => acceptor,
+        Err(error) => {
+            eprintln!("error: listen on {}: {error}", args.listen);
+            eprintln!("hint: name an address of this host and a free port with --listen");
+            return Exit::Refused;
+        }
+    };
+    if let Err(failure) = early_check(args) {
+        say_failure(&failure);
+        return Exit::Refused;
+    }
+    say(args, "listening", &format!("listening on {}", acceptor.address()), None);
+    let options = TargetOptions {
+        lanes: LaneChoice {
+            count: Some(args.lanes_max),
+            cpus: cpus(args.cpus.as_ref()),
+            path: path(args.no_io_uring),
+            zero_copy: false,
+        },
+        qmp: args.qmp.clone(),
+        state_dir: args.state_dir.clone(),
+    };
+    let open = |offer: &pageferry_datapath::control::Offer| {
+        let named = args.qmp.clone().or_else(|| offer.target_qmp.clone().map(Into::into));
+        let path = named.ok_or_else(no_qmp)?;
+        Ok(Box::new(QemuTarget::open(&path)?) as Box<dyn TargetMonitor>)
+    };
+    let mut last = Exit::Done;
+    loop {
+        let mut tell = |text: &str| eprintln!("{text}");
+        let Some(result) = target::serve_one(&options, &acceptor, &open, cancel, &mut tell) else {
+            return last;
+        };
+        last = exit_of(&result.outcome);
+        say_result(args, &result);
+        if args.once || result.outcome == Outcome::Runs && args.qmp.is_some() {
+            return last;
+        }
+    }
+}
+
+/// A target with a QMP socket of its own can say at once that it will never do.
+fn early_check(args: &TargetArgs) -> Result<(), Failure> {
+    args.qmp.as_deref().map_or(Ok(()), |path| QemuTarget::open(path).map(drop))
+}
+
+fn no_qmp() -> Failure {
+    Failure {
+        reason: pageferry_datapath::control::AbortReason::Refused,
+        by_peer: false,
+        text: "neither side said which QEMU to move into".into(),
+        hint: Some("start the target with --qmp, or the source with --target-qmp".into()),
+    }
+}
+
+fn exit_of(outcome: &Outcome) -> Exit {
+    match outcome {
+        Outcome::Runs => Exit::Done,
+        Outcome::Failed(_) => Exit::RunningAtSource,
+        Outcome::Uncertain(_) => Exit::HandoverUncertain,
+    }
+}
+
+fn say_result(args: &TargetArgs, result: &TargetResult) {
+    let session = result.session.map(|session| session.to_string());
+    match &result.outcome {
+        Outcome::Runs => say(args, "running", "the guest runs here", session.as_deref()),
+        Outcome::Failed(failure) => {
+            say(args, "failed", "the guest stays at the source", session.as_deref());
+            say_failure(failure);
+        }
+        Outcome::Uncertain(failure) => {
+            let text = "the guest is loaded and paused here; the source has the word";
+            say(args, "uncertain", text, session.as_deref());
+            say_failure(failure);
+        }
+    }
+}
+
+fn say(args: &TargetArgs, event: &str, text: &str, session: Option<&str>) {
+    match args.json {
+        true => {
+            println!("{}", serde_json::json!({ "event": event, "text": text, "session": session }))
+        }
+        false => println!("{text}"),
+    }
+}
+
+fn say_failure(failure: &Failure) {
+    eprintln!("error: {}", failure::one_line(&failure.text));
+    if let Some(hint) = &failure.hint {
+        eprintln!("hint: {}", failure::one_line(hint));
+    }
+}
