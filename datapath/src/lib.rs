@@ -24,5 +24,6 @@ pub mod source;
 pub mod target;
 #[cfg(test)]
 mod testing;
+mod thp;
 pub mod tracker;
 pub mod work;

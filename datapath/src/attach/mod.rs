@@ -26,7 +26,9 @@ use nix::sys::stat::fstat;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::RegionIndex;
+use crate::limits;
 use crate::region::{GuestMemory, Region};
+use crate::thp;
 use crate::tracker::TrackedRange;
 
 pub use maps::{Access, Mapping};
@@ -217,6 +219,7 @@ pub fn tracked_ranges(
 /// The shared mappings of one file, neighbours that continue each other joined.
 fn ranges_of(maps: &[Mapping], identity: (u64, u64), region: &Region) -> Vec<TrackedRange> {
     let mut ranges: Vec<TrackedRange> = Vec::new();
+    let may_be_huge = region.page_bytes() == limits::PAGE_BYTES && thp::may_be_huge(region.file());
     let shared =
         |mapping: &&Mapping| mapping.is_of(identity) && mapping.access.contains(Access::SHARED);
     for mapping in maps.iter().filter(shared) {
@@ -229,7 +232,7 @@ fn ranges_of(maps: &[Mapping], identity: (u64, u64), region: &Region) -> Vec<Tra
             }
             _ => {
                 let (region, page_bytes) = (region.index(), region.page_bytes());
-                ranges.push(TrackedRange { region, offset, host, len, page_bytes });
+                ranges.push(TrackedRange { region, offset, host, len, page_bytes, may_be_huge });
             }
         }
     }
@@ -269,6 +272,7 @@ mod tests {
             host,
             len,
             page_bytes: 4096,
+            may_be_huge: thp::may_be_huge(region.file()),
         };
         let maps = [
             mapping(0x10000, 0x12000, "rw-s", 0),

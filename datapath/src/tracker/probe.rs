@@ -22,6 +22,7 @@ use crate::extent::Extent;
 use crate::ids::RegionIndex;
 use crate::limits;
 use crate::region::{Region, RegionError};
+use crate::thp;
 
 /// Whose memory the probe wrote to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -214,7 +215,9 @@ impl Trial {
         })?;
         touch(region, offset)?;
         let host = region.base().addr() as u64 + offset;
-        let range = TrackedRange { region: region.index(), offset, host, len, page_bytes };
+        let may_be_huge = page_bytes == limits::PAGE_BYTES && thp::may_be_huge(region.file());
+        let range =
+            TrackedRange { region: region.index(), offset, host, len, page_bytes, may_be_huge };
         let populated = [Extent { region: region.index(), offset, len: page_bytes }];
         let tracker = UffdTracker::start(uffd.into_fd(), pagemap, vec![range], &populated, phases)
             .map_err(|source| ProbeError::Tracker { page_bytes, source })?;

@@ -8,8 +8,15 @@
 //!
 //! The descriptor was created inside the monitor and taken out (see `attach`); everything
 //! here works on the monitor's page tables without it taking part. Tracked are the CPU's writes
-//! through these mappings. Not seen: pages pinned by direct I/O in flight, writes through other
-//! mappings of the same file, and, on hugetlbfs, pages that were punched out.
+//! through these mappings, the kernel's for a system call among them. Not seen:
+//!
+//! * pages pinned by direct I/O in flight;
+//! * writes through other mappings of the same file;
+//! * pages that the monitor gives back (a balloon's hole punches): on hugetlbfs never, on tmpfs not
+//!   if nothing was written to them since the last scan. The kernel keeps the protection of such a
+//!   page, and whoever *reads* it gets a new one of zeros, protected, that nobody wrote. Holes have
+//!   to be looked for beside each scan; between a hole and a read no look may fall. What a guest
+//!   gave back it does not expect to find again, but a digest sees the difference.
 
 use std::fs::File;
 use std::io;
@@ -37,6 +44,10 @@ pub struct TrackedRange {
     pub len: u64,
     /// Page size behind it: 4096, or the huge page's size on hugetlbfs.
     pub page_bytes: u64,
+    /// Whether transparent huge pages may turn up in it. Then all of it is protected from the
+    /// start: protected memory has page tables, so the kernel maps no huge page as one there, and
+    /// none can be split later, which would lose the note that it was written.
+    pub may_be_huge: bool,
 }
 
 impl TrackedRange {
@@ -169,6 +180,12 @@ impl UffdTracker {
 
     fn protect(&self, populated: &[Extent]) -> Result<(), TrackerError> {
         for range in &self.ranges {
+            if range.may_be_huge {
+                for step in steps(range.host_range()) {
+                    protect_range(&self.uffd, step)?;
+                }
+                continue;
+            }
             let mut done = range.host;
             for span in populated.iter().filter_map(|extent| range.host_span(extent)) {
                 // Spans grow to whole page tables, so neighbours overlap: each goes once if the
