@@ -228,6 +228,35 @@ impl Drop for Region {
 }
 
 /// The right to have an operation in flight on a range of guest memory.
+///
+/// Posting an operation moves its lease into the table of what is in flight; the completion gives
+/// it back. There is one of it, so it can't be dropped too early:
+///
+/// ```compile_fail,E0382
+/// # use pageferry_datapath::region::Lease;
+/// fn post(in_flight: &mut Vec<Lease>, lease: Lease) {
+///     in_flight.push(lease);
+///     drop(lease);
+/// }
+/// ```
+///
+/// It can't be copied, nor made but by the region, which checks the range:
+///
+/// ```compile_fail,E0599
+/// # use pageferry_datapath::region::Lease;
+/// fn twice(lease: &Lease) -> Lease {
+///     Lease::clone(lease)
+/// }
+/// ```
+///
+/// And no slice leads to guest memory, which others write:
+///
+/// ```compile_fail,E0308
+/// # use pageferry_datapath::region::Lease;
+/// fn slice(lease: &Lease) -> &[u8] {
+///     lease
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Lease {
     region: Arc<Region>,

@@ -40,7 +40,7 @@ use testing::{HugePages, skip};
 
 const MEMORY_BYTES: u64 = 32 << 20;
 const HUGE_BYTES: u64 = 2 << 20;
-const CHECKS: u32 = 12;
+const CHECKS: u32 = 8;
 const WRITERS: u64 = 2;
 const NOBODY: u32 = 65534;
 
