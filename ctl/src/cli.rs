@@ -117,7 +117,8 @@ pub struct MigrateArgs {
     /// One JSON object a line instead of text.
     #[arg(long)]
     pub json: bool,
-    /// Write the latency distributions in the .hgrm format.
+    /// Write the latencies of batches to FILE in the .hgrm format, and beside it those of barriers
+    /// and scans (`run.hgrm`, `run.barriers.hgrm`, `run.scans.hgrm`).
     #[arg(long, value_name = "FILE")]
     pub histogram: Option<PathBuf>,
     /// Where to write down what was decided.

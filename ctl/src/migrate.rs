@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
-use hdrhistogram::Histogram;
 use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
 use pageferry_datapath::planner::{Goals, Stalled};
 use pageferry_datapath::source::{FailureKind, Outcome, Phase, SourceReport};
@@ -16,15 +15,10 @@ use crate::cli::{CpuList, MigrateArgs, NotConverging, ZeroCopyChoice};
 use crate::host;
 use crate::qemu::source::QemuSource;
 use crate::report::Reporter;
-use crate::report::events::{
-    Event, LaneDetail, Latency, MigrationOutcome, RunningOn, Start, Summary,
-};
+use crate::report::events::{Event, LaneDetail, MigrationOutcome, RunningOn, Start, Summary};
 use crate::report::exit::Exit;
-use crate::report::histograms;
+use crate::report::histograms::Latencies;
 use crate::report::timeline::{Timeline, ms, per_second};
-
-/// Longest latency the histograms tell apart.
-const LATENCY_NS_MAX: u64 = 60_000_000_000;
 
 /// Runs the subcommand.
 pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporter) -> Exit {
@@ -34,7 +28,7 @@ pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporte
         Err(failure) => {
             let outcome = Outcome::Failed { kind: FailureKind::Refused, failure };
             let result = SourceResult::untouched(outcome);
-            let latencies = Latencies::of(&result);
+            let latencies = Latencies::collect(&result.lanes, &result.scans);
             let summary = summary(&GuestFacts::default(), &result, Exit::Refused, &latencies);
             reporter.event(&Event::Summary(Box::new(summary)));
             return Exit::Refused;
@@ -48,11 +42,11 @@ pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporte
     });
     told.tell_end(&result, reporter);
     let exit = exit_of(&result.outcome);
-    let latencies = Latencies::of(&result);
+    let latencies = Latencies::collect(&result.lanes, &result.scans);
     if let Some(path) = &args.histogram
-        && let Err(error) = histograms::write_hgrm(path, &latencies.named())
+        && let Err(error) = latencies.write_hgrm(path)
     {
-        eprintln!("error: histogram file {}: {error}", path.display());
+        eprintln!("error: {error}: {}", error.source);
     }
     reporter.event(&Event::Summary(Box::new(summary(&facts, &result, exit, &latencies))));
     exit
@@ -191,41 +185,6 @@ pub fn exit_of(outcome: &Outcome) -> Exit {
     }
 }
 
-/// The histograms of one migration, all lanes together.
-struct Latencies {
-    batches: Histogram<u64>,
-    barriers: Histogram<u64>,
-    scans: Histogram<u64>,
-}
-
-impl Latencies {
-    fn of(result: &SourceResult) -> Self {
-        let (mut batches, mut barriers, mut scans) = (blank_ns(), blank_ns(), blank_ns());
-        for lane in &result.lanes {
-            // Same bounds on both sides: every value fits.
-            let _all_fit = batches.add(&lane.batch_ns);
-            let _all_fit = barriers.add(&lane.barrier_ns);
-        }
-        for scan in &result.scans {
-            scans.saturating_record(scan.as_nanos() as u64);
-        }
-        Self { batches, barriers, scans }
-    }
-
-    fn named(&self) -> [(&'static str, &Histogram<u64>); 3] {
-        [("batches", &self.batches), ("barriers", &self.barriers), ("scans", &self.scans)]
-    }
-
-    fn events(&self) -> Vec<Latency> {
-        let filled = self.named().into_iter().filter(|(_, histogram)| !histogram.is_empty());
-        filled.map(|(of, histogram)| histograms::latency(of, histogram)).collect()
-    }
-}
-
-fn blank_ns() -> Histogram<u64> {
-    Histogram::new_with_max(LATENCY_NS_MAX, 3).expect("bounds that HdrHistogram takes")
-}
-
 fn summary(
     facts: &GuestFacts,
     result: &SourceResult,
@@ -250,8 +209,8 @@ fn summary(
         session: result.session.to_string(),
         transport: result.lanes.first().map(|lane| lane.path),
         transport_reason: None,
-        tracker: Some(facts.tracker.0.clone()),
-        tracker_reason: Some(facts.tracker.1.clone()),
+        tracker: Some(facts.tracker.0.clone()).filter(|name| !name.is_empty()),
+        tracker_reason: Some(facts.tracker.1.clone()).filter(|reason| !reason.is_empty()),
         lanes: result.lanes.len(),
         rounds: rounds.len() as u32,
         guest_bytes: guest_bytes(facts),
@@ -271,7 +230,7 @@ fn summary(
         cpu_seconds_target: result.report.running.map(|r| r.cpu_us as f64 / 1e6),
         verified: result.report.verified,
         lane_details: result.lanes.iter().enumerate().map(detail).collect(),
-        latencies: latencies.events(),
+        latencies: latencies.lines(),
         exit_code: exit.code(),
         reason: failure.as_ref().map(|failure| failure.text.clone()),
         hint: failure.and_then(|failure| failure.hint),

@@ -6,8 +6,12 @@
 pub mod events;
 pub mod exit;
 pub mod histograms;
-mod human;
+pub mod progress;
 mod reporter;
+#[cfg(test)]
+mod sample;
+pub mod text;
 pub mod timeline;
+pub mod units;
 
 pub use reporter::{Reporter, reporter};

@@ -6,7 +6,6 @@
 //! migration's driver, read by programs and by [`Summary`]'s printed form.
 
 use std::io;
-use std::time::Duration;
 
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
 use serde::{Deserialize, Serialize};
@@ -36,21 +35,6 @@ impl Event {
         line.push(b'\n');
         out.write_all(&line)?;
         out.flush()
-    }
-}
-
-/// Milliseconds as events carry them: to the microsecond, which is what the clock is good for
-/// across two processes.
-pub fn ms(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
-}
-
-/// Bytes per second over a time; 0 for no time at all.
-pub fn rate(bytes: u64, took: Duration) -> u64 {
-    let nanos = took.as_nanos().max(1);
-    match took.is_zero() {
-        true => 0,
-        false => u64::try_from(u128::from(bytes) * 1_000_000_000 / nanos).unwrap_or(u64::MAX),
     }
 }
 

@@ -1,9 +1,7 @@
 //! Who is told: a program (JSON lines) or a person (text; a bar on a terminal).
 
-use std::io;
-
 use super::events::Event;
-use super::human::Human;
+use super::progress::{Console, Progress};
 use crate::agent::source::Watch;
 
 /// Told of a migration as it happens. Never blocks for long: it is called from the agent's loop.
@@ -17,20 +15,29 @@ pub trait Reporter {
 
 /// The reporter for `--json`, or for people.
 pub fn reporter(json: bool) -> Box<dyn Reporter> {
-    match json {
-        true => Box::new(JsonLines),
-        false => Box::new(Human::new()),
-    }
+    Box::new(Console::new(json))
 }
 
-/// One JSON object a line, and nothing else.
-struct JsonLines;
-
-impl Reporter for JsonLines {
+impl Reporter for Console {
     fn event(&mut self, event: &Event) {
-        // A reader that is gone must not end a migration.
-        let _reader_may_be_gone = event.write_line(&mut io::stdout().lock());
+        Self::event(self, event);
     }
 
-    fn progress(&mut self, _watch: &Watch<'_>) {}
+    fn progress(&mut self, watch: &Watch<'_>) {
+        let (round_bytes, round_done_bytes) = watch.round_bytes;
+        Self::progress(
+            self,
+            &Progress {
+                at: watch.at,
+                doing: watch.phase.doing(),
+                // A round is noted when it is over: so many, so this is the next one's number.
+                round: u32::try_from(watch.report.rounds.len()).unwrap_or(u32::MAX),
+                round_bytes,
+                round_done_bytes,
+                moved_bytes: watch.moved_bytes,
+                dirty_bytes_per_second: watch.report.dirty_bytes_per_second,
+                blackout_predicted: watch.report.predicted_blackout,
+            },
+        );
+    }
 }

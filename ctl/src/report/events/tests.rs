@@ -1,51 +1,7 @@
 //! The keys are a contract: each event against its golden line.
 
-use std::time::Duration;
-
 use super::*;
-
-fn summary() -> Summary {
-    Summary {
-        outcome: MigrationOutcome::Migrated,
-        guest_running_on: RunningOn::Target,
-        session: "00000000000000000000000000c0ffee".into(),
-        transport: Some(LanePath::TcpUring),
-        transport_reason: Some("no RDMA device on either side".into()),
-        tracker: Some("uffd-one-phase".into()),
-        tracker_reason: Some("a write to a 4 KiB test mapping was reported".into()),
-        lanes: 1,
-        rounds: 2,
-        guest_bytes: 4096,
-        populated_bytes: 4096,
-        moved_bytes: 8192,
-        wire_bytes: 8704,
-        zero_copy: ZeroCopy::Copied,
-        zero_copy_reason: None,
-        brownout_ms: Some(10.5),
-        blackout_ms: Some(9.25),
-        blackout_predicted_ms: Some(9.0),
-        blackout_parts_ms: None,
-        drain_pause_ms: None,
-        total_ms: 20.0,
-        bytes_per_second: 1,
-        cpu_seconds_source: 0.5,
-        cpu_seconds_target: None,
-        verified: true,
-        lane_details: vec![LaneDetail {
-            lane: 0,
-            path: LanePath::TcpUring,
-            cpu: Some(1),
-            zero_copy: ZeroCopy::Copied,
-            moved_bytes: 8192,
-            wire_bytes: 8704,
-            syscalls: 3,
-        }],
-        latencies: vec![],
-        exit_code: 0,
-        reason: None,
-        hint: None,
-    }
-}
+use crate::report::sample::{refused, summary};
 
 fn line(event: &Event) -> String {
     let mut out = Vec::new();
@@ -129,16 +85,7 @@ fn a_summary_has_every_promised_key_and_no_reason_unless_it_failed() {
     assert_eq!(value["transport"], "tcp-uring");
     assert!(value.get("reason").is_none() && value.get("hint").is_none());
 
-    let failed = Summary {
-        outcome: MigrationOutcome::Failed,
-        guest_running_on: RunningOn::Source,
-        transport: None,
-        exit_code: 3,
-        reason: Some("target refused: region sizes differ".into()),
-        hint: Some("start it with -m 512M".into()),
-        ..summary()
-    };
-    let text = line(&Event::Summary(Box::new(failed)));
+    let text = line(&Event::Summary(Box::new(refused())));
     assert!(
         text.starts_with(r#"{"event":"summary","outcome":"failed","guest_running_on":"source""#)
     );
@@ -146,11 +93,4 @@ fn a_summary_has_every_promised_key_and_no_reason_unless_it_failed() {
     assert!(text.ends_with(
         r#""exit_code":3,"reason":"target refused: region sizes differ","hint":"start it with -m 512M"}"#
     ));
-}
-
-#[test]
-fn numbers_are_rounded_to_the_microsecond_and_rates_never_divide_by_zero() {
-    assert_eq!(ms(Duration::from_nanos(1_234_567)), 1.235);
-    assert_eq!(rate(100, Duration::ZERO), 0);
-    assert_eq!(rate(1 << 30, Duration::from_millis(500)), 1 << 31);
 }
