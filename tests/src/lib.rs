@@ -1,2 +1,6 @@
-//! What crosses crates: the laboratory of guests and namespaces that tests and benchmarks share.
+//! What crosses crates: the two agents as their users start them, around the laboratory of
+//! `pageferry_ctl::lab`.
 #![forbid(unsafe_code)]
+
+pub mod agents;
+pub mod scene;

@@ -24,6 +24,16 @@ pub fn host(what: &str, error: &(dyn Error + 'static), hint: Option<String>) -> 
     Failure { reason: AbortReason::HostFailed, by_peer: false, text: chain(what, error), hint }
 }
 
+/// The monitor's process ended under way.
+pub fn monitor_gone(side: &str) -> Failure {
+    Failure {
+        reason: AbortReason::HostFailed,
+        by_peer: false,
+        text: format!("the {side}'s QEMU ended"),
+        hint: Some("its standard error tells why".into()),
+    }
+}
+
 /// Something here does not fit; nothing was touched.
 pub fn refused(error: &(dyn Error + 'static), hint: Option<String>) -> Failure {
     Failure { reason: AbortReason::Refused, by_peer: false, text: chain("", error), hint }

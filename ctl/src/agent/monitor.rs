@@ -51,6 +51,9 @@ pub trait SourceMonitor: Send {
     /// What was found when it was inspected.
     fn facts(&self) -> &GuestFacts;
 
+    /// Whether the monitor is still there.
+    fn is_alive(&self) -> bool;
+
     /// Maps guest memory here, in the order of the facts' regions. Touches nothing.
     fn map_memory(&mut self) -> Result<GuestMemory, Failure>;
 
@@ -86,6 +89,9 @@ pub trait SourceMonitor: Send {
 pub trait TargetMonitor: Send {
     /// The monitor's pid.
     fn pid(&self) -> i32;
+
+    /// Whether the monitor is still there: without it, memory would be moved for nobody.
+    fn is_alive(&self) -> bool;
 
     /// Checks the offer against this monitor, and maps its memory in the offer's order.
     fn inspect(&mut self, offer: &Offer) -> Result<GuestMemory, Failure>;

@@ -37,6 +37,9 @@ const WATCH_EVERY: Duration = Duration::from_millis(100);
 /// How long the target may take to accept the control connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
+/// A lane that broke says no more than its errno.
+const LANE_HINT: &str = "look at the target agent's output, and at the link";
+
 /// What a source agent is told.
 #[derive(Clone, Debug)]
 pub struct SourceOptions {
@@ -317,7 +320,10 @@ impl<'a> Agent<'a> {
                 self.lane_event(event.expect("this agent holds a sender"))
             }
             recv(cancel) -> _ => Input::Cancelled,
-            recv(after(until.min(WATCH_EVERY))) -> _ => Input::Tick,
+            recv(after(until.min(WATCH_EVERY))) -> _ => match self.monitor.is_alive() {
+                true => Input::Tick,
+                false => Input::Failed(failure::monitor_gone("source")),
+            },
         }
     }
 
@@ -331,8 +337,8 @@ impl<'a> Agent<'a> {
                     false => Input::Tick,
                 }
             }
-            LaneEvent::Failed { lane, error, .. } => {
-                Input::Failed(failure::host(&format!("lane {lane}"), &error, None))
+            LaneEvent::Failed { error, .. } => {
+                Input::Failed(failure::host("moving memory", &error, Some(LANE_HINT.into())))
             }
             LaneEvent::Closed { .. } => Input::Tick,
         }

@@ -37,6 +37,9 @@ use crate::host;
 /// How long the source may take to close the control connection after it was told the end.
 const GOODBYE_WAIT: Duration = Duration::from_secs(5);
 
+/// How often it is looked whether the monitor is still there.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
 /// What a target agent is told.
 #[derive(Clone, Debug)]
 pub struct TargetOptions {
@@ -178,7 +181,7 @@ impl<'a> Session<'a> {
         cancel: &Receiver<()>,
         tell: &mut dyn FnMut(&str),
     ) -> Input {
-        let until = deadline.map_or(Duration::from_secs(1), |at| at.saturating_sub(self.now()));
+        let until = deadline.map_or(LOOK_EVERY, |at| at.saturating_sub(self.now()));
         select! {
             recv(self.inputs) -> input => input.expect("this session holds a sender"),
             recv(self.lane_events) -> event => {
@@ -191,7 +194,15 @@ impl<'a> Session<'a> {
                 Input::Tick
             }
             recv(cancel) -> _ => Input::Cancelled,
-            recv(after(until)) -> _ => Input::Tick,
+            recv(after(until.min(LOOK_EVERY))) -> _ => self.look(),
+        }
+    }
+
+    /// Time has passed; is the monitor still there?
+    fn look(&self) -> Input {
+        match self.monitor.as_ref().is_none_or(|monitor| monitor.is_alive()) {
+            true => Input::Tick,
+            false => Input::Failed(failure::monitor_gone("target")),
         }
     }
 
@@ -216,8 +227,8 @@ impl<'a> Session<'a> {
                     false => Input::Tick,
                 }
             }
-            LaneEvent::Failed { lane, error, .. } => {
-                Input::Failed(failure::host(&format!("lane {lane}"), &error, None))
+            LaneEvent::Failed { error, .. } => {
+                Input::Failed(failure::host("taking memory in", &error, None))
             }
             // In order: the source closes its lanes when the guest runs here.
             LaneEvent::Closed { .. } => Input::Tick,

@@ -72,6 +72,10 @@ impl SourceMonitor for QemuSource {
         &self.facts
     }
 
+    fn is_alive(&self) -> bool {
+        self.process.is_alive()
+    }
+
     fn map_memory(&mut self) -> Result<GuestMemory, Failure> {
         map_memory(&self.qemu)
     }

@@ -43,6 +43,10 @@ impl TargetMonitor for QemuTarget {
         self.qemu.process.pid()
     }
 
+    fn is_alive(&self) -> bool {
+        self.qemu.process.is_alive()
+    }
+
     fn inspect(&mut self, offer: &Offer) -> Result<GuestMemory, Failure> {
         let refusals = checks::compare(&offer.regions, &offer.machine, &self.qemu);
         if !refusals.is_empty() {
@@ -83,7 +87,10 @@ impl TargetMonitor for QemuTarget {
 
     fn resume(&mut self) -> Result<(), Failure> {
         match runstate::cont(&self.qmp) {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                announce(&self.qmp);
+                Ok(())
+            }
             Err(error) => {
                 // Whatever went wrong, it must not run after we say that it does not.
                 let _may_be_gone = runstate::stop(&self.qmp);
@@ -102,5 +109,15 @@ impl TargetMonitor for QemuTarget {
         {
             tracing::debug!(%error, "the target QEMU's migration settings stay as they are");
         }
+    }
+}
+
+/// Has QEMU tell the network where the guest's addresses are now: what it announced by itself when
+/// the state was loaded went out before the guest ran here. The guest runs whether or not this
+/// works.
+fn announce(qmp: &Qmp) {
+    let times = serde_json::json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+    if let Err(error) = qmp.execute("announce-self", times) {
+        tracing::debug!(%error, "the guest's addresses were not announced");
     }
 }

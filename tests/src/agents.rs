@@ -1,0 +1,190 @@
+//! The real binary as source and as target agent, on the laboratory's hosts.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pageferry_ctl::lab::{Host, LabError, Qemu, Workplace, program};
+use serde_json::Value;
+
+/// Port of the target agent; each has a namespace of its own.
+pub const PORT: u16 = 4777;
+/// A whole migration of a small guest on a busy machine.
+pub const MIGRATION_MAX: Duration = Duration::from_secs(120);
+
+/// One agent's process. Killed when dropped.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    out: PathBuf,
+    err: PathBuf,
+}
+
+/// What an agent left when it ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Exit code; 128 and the signal's number if it was killed.
+    pub code: i32,
+    /// The JSON lines of its standard output.
+    pub events: Vec<Value>,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// The last event of this name.
+    pub fn event(&self, name: &str) -> Option<&Value> {
+        self.events.iter().rev().find(|event| event["event"] == name)
+    }
+
+    /// The summary; every source agent ends with one.
+    pub fn summary(&self) -> &Value {
+        self.event("summary").unwrap_or(&Value::Null)
+    }
+}
+
+impl Agent {
+    /// Starts `pageferry ARGS` on `host`, or beside us.
+    pub fn start(
+        workplace: &Arc<Workplace>,
+        host: Option<&Host>,
+        name: &str,
+        args: &[&str],
+    ) -> Result<Self, LabError> {
+        let mut command = match host {
+            Some(host) => host.namespace.command(program()?),
+            None => Command::new(program()?),
+        };
+        let (out, err) =
+            (workplace.file(&format!("{name}.out")), workplace.file(&format!("{name}.err")));
+        let file = |path: &Path| {
+            std::fs::File::create(path).map_err(|source| LabError::Io {
+                action: "create",
+                path: path.into(),
+                source,
+            })
+        };
+        let child = command
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(file(&out)?)
+            .stderr(file(&err)?)
+            .spawn()
+            .map_err(|source| LabError::Io { action: "start", path: "pageferry".into(), source })?;
+        Ok(Self { child, out, err })
+    }
+
+    /// Starts a target agent for `qemu` and waits until it listens.
+    pub fn target(
+        workplace: &Arc<Workplace>,
+        host: Option<&Host>,
+        name: &str,
+        qemu: &Qemu,
+        more: &[&str],
+    ) -> Result<Self, LabError> {
+        let listen = address(host);
+        let state = workplace.file(&format!("{name}.state")).display().to_string();
+        let qmp = qemu.qmp().display().to_string();
+        let mut args = vec!["target", "--listen", &listen, "--qmp", &qmp, "--once", "--json"];
+        args.extend(["--state-dir", &state]);
+        args.extend(more);
+        let agent = Self::start(workplace, host, name, &args)?;
+        agent.wait_text("listening", Duration::from_secs(30))?;
+        Ok(agent)
+    }
+
+    /// Starts a source agent that moves the guest of `qemu` to the target agent on `to`.
+    pub fn source(
+        workplace: &Arc<Workplace>,
+        host: Option<&Host>,
+        name: &str,
+        qemu: &Qemu,
+        to: Option<&Host>,
+        more: &[&str],
+    ) -> Result<Self, LabError> {
+        let to = address(to);
+        let state = workplace.file(&format!("{name}.state")).display().to_string();
+        let qmp = qemu.qmp().display().to_string();
+        let mut args = vec!["migrate", "--qmp", &qmp, "--to", &to, "--json"];
+        args.extend(["--state-dir", &state]);
+        args.extend(more);
+        Self::start(workplace, host, name, &args)
+    }
+
+    /// The agent's own process: `ip netns exec` replaces itself by it.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        let _it_may_be_gone = kill(Pid::from_raw(self.child.id() as i32), signal);
+    }
+
+    /// What it has said so far on standard output.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.out).unwrap_or_default()
+    }
+
+    /// Waits until it has said `text`.
+    pub fn wait_text(&self, text: &str, within: Duration) -> Result<(), LabError> {
+        let deadline = Instant::now() + within;
+        while !self.said().contains(text) {
+            if Instant::now() > deadline {
+                return Err(LabError::Timeout {
+                    what: format!("an agent to say {text:?}"),
+                    waited_ms: within.as_millis() as u64,
+                    last_seen: self.said()
+                        + &std::fs::read_to_string(&self.err).unwrap_or_default(),
+                });
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Waits until it ends.
+    pub fn wait(mut self, within: Duration) -> Result<Ended, LabError> {
+        use std::os::unix::process::ExitStatusExt;
+        let deadline = Instant::now() + within;
+        let status = loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => break status,
+                Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
+                _ => {
+                    return Err(LabError::Timeout {
+                        what: "an agent to end".into(),
+                        waited_ms: within.as_millis() as u64,
+                        last_seen: self.said()
+                            + &std::fs::read_to_string(&self.err).unwrap_or_default(),
+                    });
+                }
+            }
+        };
+        let events = self.said().lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
+        Ok(Ended {
+            code: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+            events,
+            stderr: std::fs::read_to_string(&self.err).unwrap_or_default(),
+        })
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _it_may_have_ended: io::Result<()> = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+fn address(host: Option<&Host>) -> String {
+    match host {
+        Some(host) => format!("{}:{PORT}", host.address),
+        None => format!("127.0.0.1:{PORT}"),
+    }
+}

@@ -1,0 +1,124 @@
+//! A scene for migrations: two hosts, a guest on one of them, and where it can go next.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use pageferry_ctl::lab::{
+    GUEST_ADDRESS, GUEST_PREFIX, GuestAssets, Host, LabError, Qemu, QemuSpec, TAP, Tick, TwoHosts,
+    Workplace, left_behind,
+};
+
+use crate::agents::{Agent, Ended, MIGRATION_MAX};
+
+/// A guest boots in seconds here; other work may share the machine.
+pub const BOOT_MAX: Duration = Duration::from_secs(120);
+/// A busy guest's next tick.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// QEMUs go before the hosts they run in: fields are dropped in this order.
+pub struct Scene {
+    /// Where the guest runs.
+    pub guest: Qemu,
+    /// What it is.
+    pub spec: QemuSpec,
+    /// The two hosts.
+    pub hosts: TwoHosts,
+    /// Where everything lies.
+    pub workplace: Arc<Workplace>,
+    /// The guest is on the second host.
+    pub away: bool,
+    attempts: AtomicU32,
+}
+
+impl Scene {
+    /// A spec of a small guest that writes hard.
+    pub fn spec() -> Result<QemuSpec, LabError> {
+        let mut spec = QemuSpec::new(GuestAssets::prepare()?)?;
+        spec.memory_mib = 256;
+        spec.params.fill_mib = 64;
+        spec.params.hot_mib = 16;
+        spec.params.pages_per_second = 5000;
+        Ok(spec.with_network(TAP, GUEST_ADDRESS, GUEST_PREFIX))
+    }
+
+    /// Boots a guest of `spec` on the first host.
+    pub fn boot(workplace: &Arc<Workplace>, mut spec: QemuSpec) -> Result<Self, LabError> {
+        let hosts = TwoHosts::new(workplace)?;
+        spec.namespace = Some(hosts.source.namespace.name().into());
+        let mut guest = Qemu::launch(workplace, "guest-0", &spec)?;
+        guest.wait_ready(BOOT_MAX)?;
+        let workplace = Arc::clone(workplace);
+        Ok(Self { guest, spec, hosts, workplace, away: false, attempts: AtomicU32::new(0) })
+    }
+
+    /// The host the guest is on.
+    pub fn here(&self) -> &Host {
+        if self.away { &self.hosts.target } else { &self.hosts.source }
+    }
+
+    /// The host it is not on.
+    pub fn there(&self) -> &Host {
+        if self.away { &self.hosts.source } else { &self.hosts.target }
+    }
+
+    /// A waiting QEMU on the other host; `change` may make it another one than fits.
+    pub fn waiting(&self, change: impl FnOnce(&mut QemuSpec)) -> Result<Qemu, LabError> {
+        let mut spec = self.spec.to_target();
+        spec.namespace = Some(self.there().namespace.name().into());
+        change(&mut spec);
+        let attempt = self.attempts.fetch_add(1, Ordering::Relaxed) + 1;
+        Qemu::launch(&self.workplace, &format!("guest-{attempt}"), &spec)
+    }
+
+    /// Starts both agents; the target agent listens when this returns.
+    pub fn agents(&self, waiting: &Qemu, more: &[&str]) -> Result<(Agent, Agent), LabError> {
+        let (from, to) = (self.here(), self.there());
+        let attempt = self.attempts.load(Ordering::Relaxed);
+        let name = |role: &str| format!("{role}-{attempt}");
+        let target = Agent::target(&self.workplace, Some(to), &name("target"), waiting, &[])?;
+        let source = Agent::source(
+            &self.workplace,
+            Some(from),
+            &name("source"),
+            &self.guest,
+            Some(to),
+            more,
+        )?;
+        Ok((source, target))
+    }
+
+    /// Moves the guest to the other host; what both agents left. On success the guest is there.
+    pub fn migrate(&mut self, more: &[&str]) -> Result<(Ended, Ended), LabError> {
+        let waiting = self.waiting(|_| {})?;
+        let (source, target) = self.agents(&waiting, more)?;
+        let source = source.wait(MIGRATION_MAX)?;
+        if source.code != 0 {
+            target.signal(Signal::SIGINT);
+        }
+        let target = target.wait(SOON)?;
+        if source.code == 0 {
+            self.guest = waiting;
+            self.away = !self.away;
+        }
+        Ok((source, target))
+    }
+
+    /// The guest goes on: it ticks, and everything it has checked was right.
+    pub fn assert_goes_on(&self) -> Result<Tick, LabError> {
+        let before = self.guest.console().wait_tick(SOON)?;
+        let tick = self.guest.console().wait_tick_where("five more ticks", SOON, |tick| {
+            tick.n >= before.n + 5 && tick.writes > before.writes
+        })?;
+        assert_eq!((tick.bad, tick.disk_bad), (0, 0), "the guest found bad memory: {tick:?}");
+        Ok(tick)
+    }
+
+    /// Nothing of ours is left in the process that runs the guest.
+    pub fn assert_clean(&self) -> Result<(), LabError> {
+        let left = left_behind(self.guest.pid())?;
+        assert!(left.is_empty(), "left in the guest's QEMU: {left:?}");
+        Ok(())
+    }
+}
