@@ -7,7 +7,7 @@ use clap::Parser;
 use crossbeam_channel::bounded;
 use pageferry_ctl::cli::{Cli, Command};
 use pageferry_ctl::report::exit::Exit;
-use pageferry_ctl::{demo, lab, migrate, receive, report};
+use pageferry_ctl::{demo, lab, migrate, probe, receive, report};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -34,10 +34,7 @@ fn main() -> ExitCode {
         }
         Command::Target(args) => receive::run(&args, &cancel).into(),
         Command::Demo(args) => demo::run(&args, &cancel).into(),
-        Command::Probe(_) => {
-            eprintln!("error: probe is not there yet");
-            Exit::BadUsage.into()
-        }
+        Command::Probe(args) => probe::run(&args).into(),
         Command::GuestInit => unreachable!("it never returns"),
     }
 }

@@ -64,10 +64,14 @@ pub enum WhyNone {
 }
 
 impl WhyNone {
-    /// The command that takes the next step; `None` where only hardware or another kernel helps.
+    /// The command that takes the next step; `None` where only other hardware helps.
     pub fn fix(&self) -> Option<String> {
         match self {
-            Self::KernelSupport { .. } | Self::ReliableConnections { .. } => None,
+            Self::ReliableConnections { .. } => None,
+            // Debian's kernel has all of it as modules.
+            Self::KernelSupport { .. } => {
+                Some("apt-get install -y linux-image-amd64 && reboot".into())
+            }
             // Named modules of the in-box providers load by themselves once the card is seen.
             Self::ModuleLoaded | Self::Device => {
                 Some("modprobe rdma_rxe && rdma link add rxe0 type rxe netdev IFACE".into())
