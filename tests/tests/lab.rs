@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry_ctl::lab::console::{longest_gap, missing_ticks, ticks_across};
+use pageferry_ctl::lab::disk_image;
 use pageferry_ctl::lab::{
-    GUEST_ADDRESS, GUEST_PREFIX, GuestAssets, HugePages, HugetlbMount, Memory, Pinger, Qemu,
+    Disk, GUEST_ADDRESS, GUEST_PREFIX, GuestAssets, HugePages, HugetlbMount, Memory, Pinger, Qemu,
     QemuBinary, QemuSpec, TAP, TwoHosts, Workplace, is_root, left_behind, one_at_a_time, skip,
 };
 use pageferry_ctl::qmp::Qmp;
@@ -75,59 +76,84 @@ fn guests_of_each_kind_boot_on_the_other_qemu() -> Outcome {
     }
 }
 
-/// Moves a guest of `spec` from the installed QEMU to `to` by QEMU's own migration.
-fn move_by_qemu(mut spec: QemuSpec, to: QemuBinary) -> Outcome {
+/// Moves a guest of `spec` from one QEMU to another by QEMU's own migration.
+fn move_by_qemu(mut spec: QemuSpec, from: &QemuBinary, to: &QemuBinary) -> Outcome {
     let _alone = one_at_a_time();
     let workplace = Workplace::new()?;
     let hosts = TwoHosts::new(&workplace)?;
     hosts.shape(4000)?;
+    let image = workplace.file("disk.raw");
+    disk_image::create(&image, 32, 1)?;
     spec = spec.with_network(TAP, GUEST_ADDRESS, GUEST_PREFIX);
+    spec.disk = Some(Disk { image, aio: "native" });
     spec.memory_mib = 256;
     spec.params.pages_per_second = 4000;
+    spec.params.disk_readers = 2;
+    spec.params.disk_scratch_mib = 1;
+    spec.binary = from.clone();
     spec.namespace = Some(hosts.source.namespace.name().into());
     let mut source = Qemu::launch(&workplace, "source", &spec)?;
-    spec.binary = to;
+    spec.binary = to.clone();
     spec.namespace = Some(hosts.target.namespace.name().into());
     let target = Qemu::launch(&workplace, "target", &spec.to_target())?;
     source.wait_ready(BOOT)?;
     source.console().wait_tick_where("five ticks", SOON, |tick| tick.n >= 5)?;
 
     let pinger = Pinger::start(&hosts.lan, GUEST_ADDRESS, Duration::from_millis(20))?;
-    let (from, to) = (Qmp::connect(source.qmp())?, Qmp::connect(target.qmp())?);
+    let (source_qmp, target_qmp) = (Qmp::connect(source.qmp())?, Qmp::connect(target.qmp())?);
     let started = Instant::now();
-    let downtime_ms = migrate(&from, &to, &format!("tcp:{}:4444", hosts.target.address))?;
+    migrate(&source_qmp, &target_qmp, &format!("tcp:{}:4444", hosts.target.address))?;
     let here = target.console().wait_tick(SOON)?;
+    source.kill();
     let verified = target.console().verify(SOON)?;
     target.console().wait_tick_where("ten ticks", SOON, |tick| tick.n >= here.n + 10)?;
     let pings = pinger.stop();
 
     let ticks = ticks_across(source.console(), target.console());
     println!(
-        "moved from {} to {} in {:?}, downtime {downtime_ms} ms, gap {:?}, {pings:?}, {verified:?}",
-        from.version(),
-        to.version(),
+        "moved from {} to {} in {:?}, gap {:?}, {pings:?}, {verified:?}",
+        from.version,
+        to.version,
         started.elapsed(),
         longest_gap(&ticks)
     );
     assert_eq!(missing_ticks(&ticks), 0);
     assert!(ticks.is_sorted_by_key(|tick| tick.writes));
-    assert_eq!((verified.bad, ticks.last().map(|tick| tick.bad)), (0, Some(0)));
+    let last = ticks.last().ok_or("no ticks")?;
+    assert_eq!((verified.bad, verified.disk_bad, last.bad, last.disk_bad), (0, 0, 0, 0));
+    assert!(verified.slots > 0 && last.disk_reads > here.disk_reads, "{last:?}");
+    assert!(last.disk_writes > here.disk_writes, "{last:?}");
     // Nobody is answered while the guest is paused, and only then.
     let paused = pings.silence_max.as_millis() / 20 + 2;
     assert!(pings.answered > 0 && u128::from(pings.lost()) <= paused, "{pings:?}");
     Ok(())
 }
 
-/// Runs the migration to its end; the pause that QEMU reports, in milliseconds.
-fn migrate(from: &Qmp, to: &Qmp, uri: &str) -> Result<u64, Box<dyn std::error::Error>> {
+/// Runs the migration to its end, with the guest running at the target.
+fn migrate(from: &Qmp, to: &Qmp, uri: &str) -> Outcome {
+    // QEMU 7.2 loses writes of an emulated guest while it sends the guest's memory: on a busy host
+    // every second guest panicked after its move, none of those that were paused before it.
+    let pause_first = from.version().major < 9;
     to.execute("migrate-incoming", json!({ "uri": uri }))?;
     from.execute("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 40 }))?;
+    if pause_first {
+        from.execute("stop", json!({}))?;
+    }
     from.execute("migrate", json!({ "uri": uri }))?;
+    wait_completed(from)?;
+    if pause_first {
+        wait_completed(to)?;
+        to.execute("cont", json!({}))?;
+    }
+    Ok(())
+}
+
+fn wait_completed(qmp: &Qmp) -> Outcome {
     let started = Instant::now();
     loop {
-        let answer = from.execute("query-migrate", json!({}))?;
+        let answer = qmp.execute("query-migrate", json!({}))?;
         match answer["status"].as_str() {
-            Some("completed") => return Ok(answer["downtime"].as_u64().unwrap_or(0)),
+            Some("completed") => return Ok(()),
             Some("failed" | "cancelled") => return Err(answer.to_string().into()),
             _ if started.elapsed() > SOON => return Err(format!("too slow: {answer}").into()),
             _ => std::thread::sleep(Duration::from_millis(20)),
@@ -136,38 +162,48 @@ fn migrate(from: &Qmp, to: &Qmp, uri: &str) -> Result<u64, Box<dyn std::error::E
 }
 
 #[test]
-fn qemus_own_migration_keeps_a_guest_whole_and_reachable() -> Outcome {
+fn a_guest_moved_by_the_installed_qemu_stays_whole_and_reachable() -> Outcome {
     if !is_root() {
-        skip("qemus_own_migration_keeps_a_guest_whole_and_reachable", "needs root");
+        skip("a_guest_moved_by_the_installed_qemu_stays_whole_and_reachable", "needs root");
         return Ok(());
     }
-    move_by_qemu(QemuSpec::new(GuestAssets::prepare()?)?, QemuBinary::system()?)
+    let installed = QemuBinary::system()?;
+    move_by_qemu(QemuSpec::new(GuestAssets::prepare()?)?, &installed, &installed)
+}
+
+#[test]
+fn a_guest_moved_by_the_other_qemu_stays_whole_and_reachable() -> Outcome {
+    let Some(other) =
+        other_qemu_for_root("a_guest_moved_by_the_other_qemu_stays_whole_and_reachable")
+    else {
+        return Ok(());
+    };
+    move_by_qemu(QemuSpec::new(GuestAssets::prepare()?)?, &other, &other)
 }
 
 #[test]
 fn a_guest_can_move_from_the_older_qemu_to_the_newer() -> Outcome {
-    const NAME: &str = "a_guest_can_move_from_the_older_qemu_to_the_newer";
-    if !is_root() {
-        skip(NAME, "needs root");
+    let Some(other) = other_qemu_for_root("a_guest_can_move_from_the_older_qemu_to_the_newer")
+    else {
         return Ok(());
-    }
-    let other = match QemuBinary::other() {
-        Ok(other) => other,
-        Err(error) => {
-            skip(NAME, error);
-            return Ok(());
-        }
     };
+    let mut versions = [QemuBinary::system()?, other];
+    versions.sort_by_key(|binary| binary.version);
+    let [older, newer] = &versions;
     let mut spec = QemuSpec::new(GuestAssets::prepare()?)?;
-    if spec.binary.version > other.version {
-        skip(NAME, "the installed QEMU is the newer one");
-        return Ok(());
-    }
     // `q35` and `max` mean something else in each version.
-    let version = spec.binary.version;
-    spec.machine = format!("pc-q35-{}.{}", version.major, version.minor);
+    spec.machine = format!("pc-q35-{}.{}", older.version.major, older.version.minor);
     spec.cpu = "qemu64".into();
-    move_by_qemu(spec, other)
+    move_by_qemu(spec, older, newer)
+}
+
+/// The other QEMU; `None`, having said why, where it or the right to move a guest is missing.
+fn other_qemu_for_root(test: &str) -> Option<QemuBinary> {
+    if !is_root() {
+        skip(test, "needs root");
+        return None;
+    }
+    QemuBinary::other().inspect_err(|error| skip(test, error)).ok()
 }
 
 #[test]

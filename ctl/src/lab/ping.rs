@@ -33,7 +33,7 @@ pub struct PingReport {
     pub sent: u64,
     /// Requests that were answered.
     pub answered: u64,
-    /// The longest time from one answer to the next.
+    /// The longest time without an answer, from when the pinger was started until it was stopped.
     pub silence_max: Duration,
 }
 
@@ -98,12 +98,14 @@ impl Session {
         let id = (std::process::id() as u16) ^ (self.icmp.as_raw_fd() as u16).rotate_left(8);
         let mut report = PingReport::default();
         let mut pending = Vec::new();
-        let mut last_answer = None;
+        let mut last_answer = Instant::now();
         let mut due = Instant::now();
         let mut stop_by = None;
         loop {
             if self.stop.load(Relaxed) && stop_by.is_none() {
-                stop_by = Some(Instant::now() + STRAGGLERS);
+                let now = Instant::now();
+                report.silence_max = report.silence_max.max(now - last_answer);
+                stop_by = Some(now + STRAGGLERS);
             }
             if stop_by.is_some_and(|by| pending.is_empty() || Instant::now() >= by) {
                 return report;
@@ -120,9 +122,8 @@ impl Session {
                 pending.swap_remove(at);
                 report.answered += 1;
                 let now = Instant::now();
-                if let Some(before) = last_answer.replace(now) {
-                    report.silence_max = report.silence_max.max(now - before);
-                }
+                report.silence_max = report.silence_max.max(now - last_answer);
+                last_answer = now;
             }
         }
     }

@@ -7,10 +7,12 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::statvfs::statvfs;
+
 use super::assets::GuestAssets;
 use super::command::tail;
 use super::console::Console;
-use super::error::{LabError, io};
+use super::error::{LabError, call, io};
 use super::guest_params::GuestParams;
 use super::process::start_time;
 use super::qemu_binaries::QemuBinary;
@@ -163,6 +165,7 @@ impl Qemu {
         let stderr = workplace.file(&format!("{name}.stderr"));
         let memory_file = spec.memory_file(workplace, name);
         if let Some(path) = &memory_file {
+            spec.check_room_for(path)?;
             workplace.promise(&Undo::File { path: path.clone() })?;
         }
         let console = Console::listen(&console_path)?;
@@ -296,6 +299,25 @@ impl QemuSpec {
             }
             _ => None,
         }
+    }
+
+    /// A guest whose tmpfs is full is killed by SIGBUS, which explains nothing: containers have
+    /// as little as 64 MiB. What is never touched takes no room, so a large guest may be fine.
+    fn check_room_for(&self, memory_file: &Path) -> Result<(), LabError> {
+        /// Kernel, initramfs and page tables of a guest.
+        const BESIDE_PAGES_MIB: u64 = 128;
+        let folder = memory_file.parent().unwrap_or(memory_file);
+        let room = statvfs(folder).map_err(call("statvfs"))?;
+        let room_mib = (room.blocks_available() * room.fragment_size()) >> 20;
+        let needed_mib = self.memory_mib.min(self.params.fill_mib + BESIDE_PAGES_MIB);
+        // A hugetlbfs without a limit of its own says that it has no blocks at all.
+        if room.blocks() > 0 && room_mib < needed_mib {
+            return Err(LabError::Missing {
+                what: format!("room for {needed_mib} MiB on {}", folder.display()),
+                hint: "mount -o remount,size=2G /dev/shm",
+            });
+        }
+        Ok(())
     }
 
     fn arguments(&self, memory_file: Option<&Path>) -> Vec<String> {
