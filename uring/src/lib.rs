@@ -10,6 +10,7 @@
 //! A worker moves bytes through a [`wire`]: an io_uring of its own, or plain system calls. Both
 //! speak the same framing, so the two ends of a lane choose for themselves.
 
+pub mod ceiling;
 pub mod cpulist;
 pub mod greet;
 pub mod limits;
@@ -17,6 +18,8 @@ pub mod nic;
 pub mod placement;
 mod plain;
 pub mod plan;
+mod ring;
+mod socket;
 pub mod source;
 mod stats;
 mod sys;

@@ -57,7 +57,7 @@ impl PlainWire {
             line.check_stop()?;
             self.syscalls += 1;
             match sys::receive_parcel(line.socket().as_fd(), &mut parcel) {
-                Ok(0) => return Err(line.ended()),
+                Ok(0) => return Err(WireError::PeerClosed),
                 Ok(_) => stall.moved(),
                 Err(error) => {
                     if idle && parcel.done() == 0 {

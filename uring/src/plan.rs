@@ -6,7 +6,7 @@ use std::time::Duration;
 use pageferry_datapath::framing::hello::Ticket;
 use pageferry_datapath::ids::{LaneId, SessionId};
 
-use crate::limits;
+use crate::{limits, placement};
 
 /// Which system calls a lane's worker uses. The two ends of a lane need not agree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +18,32 @@ pub enum PathWish {
     Uring,
     /// Plain `sendmsg` and `recvmsg`.
     Plain,
+}
+
+/// How a lane's sockets differ from the system's defaults. The default is to leave all of it to the
+/// kernel, which a long fat link needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketTuning {
+    /// Send and receive buffer as `setsockopt` takes it.
+    pub buffer_bytes: Option<usize>,
+    /// Send as fast as the window allows, whatever congestion control the system prefers. One that
+    /// paces (bbr) arms a timer for every few packets, for a link that can't be congested.
+    pub unpaced: bool,
+}
+
+impl SocketTuning {
+    /// For two ends on one machine, on one core: what is in flight stays in that core's cache, and
+    /// nothing is paced.
+    pub fn same_host() -> Self {
+        // The kernel doubles the value for its own book-keeping: payload of half the second-level
+        // cache's size fills that cache, and what waits longer would wait further away.
+        let bytes = placement::second_level_cache_bytes().map_or(0, |bytes| bytes / 2);
+        let bytes = bytes.clamp(
+            limits::SAME_HOST_SOCKET_BUFFER_BYTES_MIN,
+            limits::SAME_HOST_SOCKET_BUFFER_BYTES,
+        );
+        Self { buffer_bytes: Some(bytes), unpaced: true }
+    }
 }
 
 /// One lane to open.
@@ -46,9 +72,8 @@ pub struct ConnectPlan {
     pub zero_copy: bool,
     /// Which system calls to use.
     pub path: PathWish,
-    /// Send and receive buffer of each socket as `setsockopt` takes it; `None` leaves them to the
-    /// kernel's tuning, which a long fat link needs.
-    pub socket_buffer_bytes: Option<usize>,
+    /// How the sockets are tuned.
+    pub tuning: SocketTuning,
     /// Connecting, hello and reply of one lane.
     pub connect_wait: Duration,
     /// A lane without progress for this long has failed.
@@ -56,7 +81,8 @@ pub struct ConnectPlan {
 }
 
 impl ConnectPlan {
-    /// A plan with the defaults for two machines: zero-copy where it works, buffers by the kernel.
+    /// A plan with the defaults for two machines: zero-copy where it works, sockets tuned by the
+    /// kernel.
     pub fn new(addr: SocketAddr, session: SessionId, lanes: Vec<LanePlan>) -> Self {
         Self {
             addr,
@@ -64,7 +90,7 @@ impl ConnectPlan {
             lanes,
             zero_copy: true,
             path: PathWish::Auto,
-            socket_buffer_bytes: None,
+            tuning: SocketTuning::default(),
             connect_wait: limits::CONNECT_WAIT_MAX,
             progress_wait: limits::PROGRESS_WAIT_MAX,
         }
@@ -78,8 +104,8 @@ pub struct TargetLaneConfig {
     pub cpu: Option<usize>,
     /// Which system calls to use.
     pub path: PathWish,
-    /// As in [`ConnectPlan::socket_buffer_bytes`].
-    pub socket_buffer_bytes: Option<usize>,
+    /// How the socket is tuned.
+    pub tuning: SocketTuning,
     /// A batch without progress for this long has failed. Between rounds a lane may be silent.
     pub progress_wait: Duration,
 }
@@ -89,7 +115,7 @@ impl Default for TargetLaneConfig {
         Self {
             cpu: None,
             path: PathWish::Auto,
-            socket_buffer_bytes: None,
+            tuning: SocketTuning::default(),
             progress_wait: limits::PROGRESS_WAIT_MAX,
         }
     }

@@ -11,8 +11,10 @@ use std::fmt;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr;
+use std::ptr::{self, NonNull};
+use std::time::Duration;
 
+use io_uring::{IoUring, cqueue, opcode, types};
 use pageferry_datapath::framing::{HEADER_BYTES, HeaderBytes};
 use pageferry_datapath::region::Lease;
 
@@ -181,10 +183,245 @@ fn count(result: isize, parcel: &mut Parcel) -> io::Result<usize> {
     Ok(bytes)
 }
 
+/// Sends part of an extent; returns the bytes taken by the kernel, which has copied them.
+pub(crate) fn send_range(socket: BorrowedFd<'_>, lease: &Lease, from: u64) -> io::Result<usize> {
+    let (at, len) = part(lease, from);
+    // SAFETY:
+    // - `socket` is open while borrowed.
+    // - `at` and `len` lie inside the lease, which is borrowed for the call.
+    let sent = unsafe { libc::send(socket.as_raw_fd(), at, len, libc::MSG_NOSIGNAL) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Receives into part of an extent; returns the bytes placed, 0 at the end of the stream.
+pub(crate) fn receive_range(socket: BorrowedFd<'_>, lease: &Lease, from: u64) -> io::Result<usize> {
+    let (at, len) = part(lease, from);
+    // SAFETY: as in `send_range`; the memory is mapped writable.
+    let received = unsafe { libc::recv(socket.as_raw_fd(), at, len, libc::MSG_WAITALL) };
+    usize::try_from(received).map_err(|_| io::Error::last_os_error())
+}
+
+fn part(lease: &Lease, from: u64) -> (*mut libc::c_void, usize) {
+    let len = lease.extent().len;
+    assert!(from < len);
+    (lease.as_ptr().wrapping_add(from as usize).cast(), (len - from) as usize)
+}
+
+/// Bytes of this connection that the peer has acknowledged, plus bytes received: whether anything
+/// moves at all. 0 where the kernel does not tell.
+pub(crate) fn socket_progress(socket: BorrowedFd<'_>) -> u64 {
+    // `struct tcp_info` of linux/tcp.h, which grows at its end; libc's copy may be too short.
+    let mut info = [0u64; 32];
+    let mut len = mem::size_of_val(&info) as libc::socklen_t;
+    // SAFETY:
+    // - `socket` is open while borrowed.
+    // - `info` is writable for `len` bytes, and the kernel writes no more than `len`.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &mut len,
+        )
+    };
+    // tcpi_bytes_acked and tcpi_bytes_received.
+    if got == 0 { info[120 / 8].wrapping_add(info[128 / 8]) } else { 0 }
+}
+
+/// Throws away what a connection still has to send, and ends it: `connect` to nowhere.
+pub(crate) fn disconnect(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `sockaddr` is plain data for which zero bytes mean the family AF_UNSPEC.
+    let nowhere: libc::sockaddr = unsafe { mem::zeroed() };
+    let len = mem::size_of_val(&nowhere) as libc::socklen_t;
+    // SAFETY:
+    // - `socket` is open while borrowed.
+    // - `nowhere` is readable for `len` bytes.
+    let done = unsafe { libc::connect(socket.as_raw_fd(), &nowhere, len) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// CPU time of the calling thread, in ns.
 pub(crate) fn thread_cpu_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is writable for the call.
     let got = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
     if got == 0 { time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64 } else { 0 }
+}
+
+/// `IORING_SEND_ZC_REPORT_USAGE`: the notification says whether the kernel copied after all.
+const SEND_ZC_REPORT_USAGE: u16 = 1 << 3;
+/// `IORING_NOTIF_USAGE_ZC_COPIED` in such a notification's result.
+const NOTIFICATION_COPIED: i32 = i32::MIN;
+
+/// How a parcel is moved by a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// Copies into the socket's buffer.
+    Send,
+    /// Sends from guest memory; its parcel comes back with the notification.
+    SendZeroCopy,
+    /// Receives into guest memory.
+    Receive,
+}
+
+/// What a ring reports.
+#[derive(Debug)]
+pub(crate) enum Completion {
+    /// A [`Send`](Operation::Send) or [`Receive`](Operation::Receive) ended; the kernel does not
+    /// touch the parcel any more.
+    Moved { parcel: Box<Parcel>, result: io::Result<usize> },
+    /// The kernel took the bytes of a [`SendZeroCopy`](Operation::SendZeroCopy), or failed to; it
+    /// may still read them. `whole`: it took all of the parcel.
+    Taken { result: io::Result<()>, whole: bool },
+    /// The kernel does not read the parcel of a [`SendZeroCopy`](Operation::SendZeroCopy) any more.
+    Released { parcel: Box<Parcel>, copied: bool },
+}
+
+/// An io_uring with its in-flight table. Dropping it while operations are in flight leaks their
+/// parcels, and so keeps the guest memory mapped, rather than pulling it away under the kernel.
+pub(crate) struct Ring {
+    ring: IoUring,
+    /// The parcels in flight, each leaked from its box: a `Box` that moves would claim to be the
+    /// only user of its memory.
+    slots: Vec<Option<NonNull<Parcel>>>,
+    in_flight: usize,
+}
+
+impl Ring {
+    /// A ring for `slots` operations at a time, with the leanest completion mode the kernel has.
+    pub(crate) fn new(slots: u16) -> io::Result<Self> {
+        let entries = u32::from(slots).next_power_of_two();
+        let ring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .build(entries)
+            .or_else(|error| match error.raw_os_error() {
+                // Linux before 6.1 knows no deferred task work, before 5.19 not even this.
+                Some(libc::EINVAL) => IoUring::builder().setup_coop_taskrun().build(entries),
+                _ => Err(error),
+            })
+            .or_else(|error| match error.raw_os_error() {
+                Some(libc::EINVAL) => IoUring::new(entries),
+                _ => Err(error),
+            })?;
+        let slots = std::iter::repeat_with(|| None).take(slots.into()).collect();
+        Ok(Self { ring, slots, in_flight: 0 })
+    }
+
+    /// Operations whose memory the kernel may still touch.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether another operation has to wait for a completion.
+    pub(crate) fn is_full(&self) -> bool {
+        self.in_flight == self.slots.len()
+    }
+
+    /// Queues an operation on everything not yet moved of a parcel, and takes the parcel over.
+    ///
+    /// # Panics
+    /// If the ring [is full](Self::is_full).
+    pub(crate) fn post(
+        &mut self,
+        operation: Operation,
+        socket: BorrowedFd<'_>,
+        parcel: Box<Parcel>,
+    ) {
+        let free = self.slots.iter().position(Option::is_none).expect("a full ring was posted to");
+        let mut parcel = NonNull::from(Box::leak(parcel));
+        // SAFETY: just leaked, so valid and not aliased; nothing is in flight on it.
+        let msg: *mut libc::msghdr = unsafe { parcel.as_mut() }.arm();
+        let fd = types::Fd(socket.as_raw_fd());
+        // MSG_WAITALL makes the kernel go on after a short transfer, without this thread.
+        let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
+        let entry = match operation {
+            Operation::Send => opcode::SendMsg::new(fd, msg).flags(flags).build(),
+            Operation::SendZeroCopy => {
+                opcode::SendMsgZc::new(fd, msg).flags(flags).ioprio(SEND_ZC_REPORT_USAGE).build()
+            }
+            Operation::Receive => {
+                opcode::RecvMsg::new(fd, msg).flags(libc::MSG_WAITALL as u32).build()
+            }
+        };
+        let entry = entry.user_data(free as u64);
+        self.slots[free] = Some(parcel);
+        self.in_flight += 1;
+        // SAFETY:
+        // - `msg`, its iovecs and the header are fields of the parcel, at an address that is stable
+        //   until `take` turns it into a box again, after the last completion.
+        // - the extents are mapped for as long: the parcel holds their leases.
+        // - the socket is open here, and the kernel takes its own reference on submission, which
+        //   happens before this returns to the owner of the borrow or not at all.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        assert!(pushed.is_ok(), "the submission queue has a place for each slot");
+    }
+
+    /// Submits what was posted and waits for a completion, for at most this long; one system call.
+    pub(crate) fn wait(&self, wait: Duration) -> io::Result<()> {
+        let timespec = types::Timespec::from(wait);
+        let args = types::SubmitArgs::new().timespec(&timespec);
+        match self.ring.submitter().submit_with_args(1, &args) {
+            Ok(_) => Ok(()),
+            // Nothing in time, a signal, or completions to be collected first: look at the queue.
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// Whether no completion has arrived.
+    pub(crate) fn is_silent(&mut self) -> bool {
+        self.ring.completion().is_empty()
+    }
+
+    /// The next completion that has arrived.
+    pub(crate) fn completion(&mut self) -> Option<Completion> {
+        let entry = self.ring.completion().next()?;
+        let index = entry.user_data() as usize;
+        if cqueue::notif(entry.flags()) {
+            let copied = entry.result() & NOTIFICATION_COPIED != 0;
+            return Some(Completion::Released { parcel: self.take(index), copied });
+        }
+        let result = match entry.result() {
+            negative @ ..0 => Err(io::Error::from_raw_os_error(-negative)),
+            bytes => Ok(bytes as usize),
+        };
+        if cqueue::more(entry.flags()) {
+            let parcel = self.parcel_mut(index);
+            let result = result.map(|bytes| parcel.advance(bytes));
+            return Some(Completion::Taken { result, whole: parcel.is_done() });
+        }
+        let mut parcel = self.take(index);
+        if let Ok(bytes) = result {
+            parcel.advance(bytes);
+        }
+        Some(Completion::Moved { parcel, result })
+    }
+
+    /// A parcel in flight, for its counters; nothing the kernel reads may be changed.
+    fn parcel_mut(&mut self, index: usize) -> &mut Parcel {
+        let parcel = self.slots[index].as_mut().expect("a completion of what was posted");
+        // SAFETY: leaked in `post` and not yet taken; the kernel reads guest memory, the header and
+        // at most the iovecs, and writes nothing of a parcel that is being sent.
+        unsafe { parcel.as_mut() }
+    }
+
+    /// Gives a parcel back after its last completion.
+    fn take(&mut self, index: usize) -> Box<Parcel> {
+        let parcel = self.slots[index].take().expect("a completion of what was posted");
+        self.in_flight -= 1;
+        // SAFETY:
+        // - `parcel` came from a box in `post`, and is taken out of its slot once.
+        // - this was the operation's last completion, so the kernel does not touch it any more.
+        unsafe { Box::from_raw(parcel.as_ptr()) }
+    }
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
 }

@@ -17,11 +17,11 @@ use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
 use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
 use pageferry_datapath::region::GuestMemory;
 
-use crate::placement;
 use crate::plan::TargetLaneConfig;
 use crate::stats::{Tally, record};
 use crate::sys::{Order, Parcel};
 use crate::wire::{Line, Wire, WireError};
+use crate::{placement, socket};
 
 /// One admitted lane and its worker. Dropping it fences it.
 #[derive(Debug)]
@@ -41,7 +41,8 @@ impl TargetLane {
         config: &TargetLaneConfig,
         events: Sender<LaneEvent>,
     ) -> Result<Self, LaneError> {
-        let line = Line::new(stream, config.socket_buffer_bytes, config.progress_wait)
+        let line = socket::tune(&stream, config.tuning)
+            .and_then(|()| Line::new(stream, config.progress_wait))
             .map_err(|source| LaneError::Host { lane, call: "setsockopt", source })?;
         let line = Arc::new(line);
         let (path, cpu) = (config.path, config.cpu);
@@ -51,7 +52,7 @@ impl TargetLane {
             .name(format!("target-lane-{lane}"))
             .spawn(move || {
                 let cpu = placement::pin(cpu);
-                let opened = Wire::open(path, false).map_err(|e| e.into_lane_error(lane));
+                let opened = Wire::open(path, false).map_err(|e| e.into_lane_error(lane, &theirs));
                 let (wire, failed) = match opened {
                     Ok(wire) => (wire, None),
                     Err(error) => (Wire::plain("never used"), error),
@@ -223,11 +224,11 @@ impl Worker {
     }
 
     fn ended(&self, error: WireError) -> Ended {
-        error.into_lane_error(self.lane).map_or(Ended::Stopped, Ended::Failed)
+        error.into_lane_error(self.lane, &self.line).map_or(Ended::Stopped, Ended::Failed)
     }
 
     fn finish(self, cpu: Option<usize>) -> LaneStats {
         self.line.hang_up();
-        self.wire.finish(self.tally, cpu)
+        self.wire.finish(&self.line, self.tally, cpu)
     }
 }

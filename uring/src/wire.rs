@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -15,8 +16,9 @@ use pageferry_datapath::lane::{LaneError, LanePath, LaneStats, ZeroCopy};
 
 use crate::plain::PlainWire;
 use crate::plan::PathWish;
+use crate::ring::RingWire;
 use crate::stats::Tally;
-use crate::sys::Parcel;
+use crate::sys::{self, Parcel};
 
 /// Why a wire can't go on.
 #[derive(Debug)]
@@ -44,8 +46,12 @@ impl WireError {
         }
     }
 
-    /// As the lane reports it; `None` if the lane was told to stop, which is nobody's fault.
-    pub(crate) fn into_lane_error(self, lane: LaneId) -> Option<LaneError> {
+    /// As the lane reports it; `None` if the lane was told to stop: then whatever call was in
+    /// progress fails, and it is nobody's fault.
+    pub(crate) fn into_lane_error(self, lane: LaneId, line: &Line) -> Option<LaneError> {
+        if line.check_stop().is_err() {
+            return None;
+        }
         match self {
             Self::Stopped => None,
             Self::PeerClosed => Some(LaneError::PeerClosed { lane }),
@@ -66,17 +72,8 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    /// Takes a connected socket and sets what every lane wants.
-    pub(crate) fn new(
-        socket: TcpStream,
-        socket_buffer_bytes: Option<usize>,
-        progress_wait: Duration,
-    ) -> io::Result<Self> {
-        if let Some(bytes) = socket_buffer_bytes {
-            set_buffers(&socket, bytes)?;
-        }
-        // A barrier must not wait for more bytes to share its packet.
-        socket.set_nodelay(true)?;
+    /// Takes a connected and tuned socket, and sets what every lane wants.
+    pub(crate) fn new(socket: TcpStream, progress_wait: Duration) -> io::Result<Self> {
         // Half of it, so that a stall is noticed at most half as late again.
         let tick = (progress_wait / 2).max(Duration::from_millis(1));
         socket.set_read_timeout(Some(tick))?;
@@ -116,9 +113,15 @@ impl Line {
         if self.stopping.load(Ordering::SeqCst) { Err(WireError::Stopped) } else { Ok(()) }
     }
 
-    /// What an end of the stream means.
-    pub(crate) fn ended(&self) -> WireError {
-        self.check_stop().err().unwrap_or(WireError::PeerClosed)
+    /// Throws away what the socket still holds to send.
+    pub(crate) fn discard(&self) {
+        // Fails on a connection that is gone already.
+        let _ = sys::disconnect(self.socket.as_fd());
+    }
+
+    /// Changes whenever a byte moves, in either direction.
+    fn progress(&self) -> u64 {
+        sys::socket_progress(self.socket.as_fd())
     }
 
     /// Waits for the peer to hang up, for at most this long.
@@ -153,7 +156,7 @@ impl Line {
         while done < ACK_BYTES {
             self.check_stop()?;
             match (&self.socket).read(&mut ack[done..]) {
-                Ok(0) => return Err(self.ended()),
+                Ok(0) => return Err(WireError::PeerClosed),
                 Ok(bytes) => {
                     done += bytes;
                     stall.moved();
@@ -163,17 +166,6 @@ impl Line {
         }
         Ok(ack)
     }
-}
-
-/// Sets both socket buffers, past the system's limit where privileges allow it.
-pub(crate) fn set_buffers(socket: &impl std::os::fd::AsFd, bytes: usize) -> io::Result<()> {
-    if setsockopt(socket, sockopt::SndBufForce, &bytes).is_err() {
-        setsockopt(socket, sockopt::SndBuf, &bytes)?;
-    }
-    if setsockopt(socket, sockopt::RcvBufForce, &bytes).is_err() {
-        setsockopt(socket, sockopt::RcvBuf, &bytes)?;
-    }
-    Ok(())
 }
 
 /// Tells a slow operation from one that stands still.
@@ -210,6 +202,33 @@ impl Stall {
     }
 }
 
+/// The same for an operation that reports only its end: asks the socket whether bytes move.
+#[derive(Debug)]
+pub(crate) struct SocketStall {
+    stall: Stall,
+    progress: u64,
+    begun: bool,
+}
+
+impl SocketStall {
+    /// At the first tick of an operation; what moved before it is not known.
+    pub(crate) fn new(line: &Line) -> Self {
+        let stall = Stall::new(line.progress_wait());
+        Self { stall, progress: line.progress(), begun: false }
+    }
+
+    /// Another tick passed. An `idle` line may be silent until its first byte.
+    pub(crate) fn tick(&mut self, line: &Line, idle: bool) -> Result<(), WireError> {
+        line.check_stop()?;
+        let progress = line.progress();
+        if progress != self.progress {
+            (self.progress, self.begun) = (progress, true);
+            self.stall.moved();
+        }
+        if idle && !self.begun { Ok(()) } else { self.stall.check() }
+    }
+}
+
 /// What a worker moves parcels with, and why that.
 #[derive(Debug)]
 pub(crate) struct Wire {
@@ -220,12 +239,24 @@ pub(crate) struct Wire {
 #[derive(Debug)]
 enum Means {
     Plain(PlainWire),
+    Ring(Box<RingWire>),
 }
 
 impl Wire {
     /// Opens what is wished for, on the thread that will use it.
-    pub(crate) fn open(_path: PathWish, _zero_copy: bool) -> Result<Self, WireError> {
-        Ok(Self::plain("asked for"))
+    pub(crate) fn open(path: PathWish, zero_copy: bool) -> Result<Self, WireError> {
+        let reason = match path {
+            PathWish::Plain => return Ok(Self::plain("asked for")),
+            PathWish::Uring => "asked for",
+            PathWish::Auto => "available",
+        };
+        match RingWire::new(zero_copy) {
+            Ok(ring) => Ok(Self { means: Means::Ring(Box::new(ring)), reason: reason.into() }),
+            Err(error) if path == PathWish::Auto => {
+                Ok(Self::plain(format!("io_uring is not to be had: {error}")))
+            }
+            Err(error) => Err(WireError::of("io_uring_setup", error)),
+        }
     }
 
     /// A wire of plain system calls, for this reason.
@@ -234,9 +265,10 @@ impl Wire {
     }
 
     /// An empty parcel to load.
-    pub(crate) fn blank(&mut self, _line: &Line) -> Result<Box<Parcel>, WireError> {
+    pub(crate) fn blank(&mut self, line: &Line) -> Result<Box<Parcel>, WireError> {
         match &mut self.means {
             Means::Plain(wire) => Ok(wire.blank()),
+            Means::Ring(wire) => wire.blank(line),
         }
     }
 
@@ -245,6 +277,7 @@ impl Wire {
     pub(crate) fn send(&mut self, line: &Line, parcel: Box<Parcel>) -> Result<(), WireError> {
         match &mut self.means {
             Means::Plain(wire) => wire.send(line, parcel),
+            Means::Ring(wire) => wire.send(line, parcel),
         }
     }
 
@@ -257,15 +290,25 @@ impl Wire {
     ) -> Result<Box<Parcel>, WireError> {
         match &mut self.means {
             Means::Plain(wire) => wire.receive(line, parcel, idle),
+            Means::Ring(wire) => wire.receive(line, parcel, idle),
         }
     }
 
     /// Ends the wire, whatever state it is in; returns when the kernel touches none of its memory
     /// any more. The line was hung up before.
-    pub(crate) fn finish(self, tally: Tally, cpu: Option<usize>) -> LaneStats {
-        match self.means {
+    pub(crate) fn finish(self, line: &Line, tally: Tally, cpu: Option<usize>) -> LaneStats {
+        let Self { means, mut reason } = self;
+        match means {
             Means::Plain(wire) => {
-                tally.finish(LanePath::TcpPlain, self.reason, ZeroCopy::Off, cpu, wire.syscalls())
+                tally.finish(LanePath::TcpPlain, reason, ZeroCopy::Off, cpu, wire.syscalls())
+            }
+            Means::Ring(mut wire) => {
+                wire.settle(line);
+                if let Some(error) = wire.refusal() {
+                    reason.push_str(&format!("; zero-copy refused: {error}"));
+                }
+                let (zero_copy, syscalls) = (wire.zero_copy(), wire.syscalls());
+                tally.finish(LanePath::TcpUring, reason, zero_copy, cpu, syscalls)
             }
         }
     }

@@ -77,3 +77,18 @@ fn move_between(source_path: PathWish, target_path: PathWish) {
 fn plain_to_plain() {
     move_between(PathWish::Plain, PathWish::Plain);
 }
+
+#[test]
+fn plain_to_uring() {
+    move_between(PathWish::Plain, PathWish::Uring);
+}
+
+#[test]
+fn uring_to_plain() {
+    move_between(PathWish::Uring, PathWish::Plain);
+}
+
+#[test]
+fn uring_to_uring() {
+    move_between(PathWish::Uring, PathWish::Uring);
+}

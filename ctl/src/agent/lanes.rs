@@ -12,8 +12,7 @@ use pageferry_datapath::ids::{LaneId, SessionId};
 use pageferry_datapath::lane::{LaneEvent, LanePath, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
-use pageferry_uring::limits::SAME_HOST_SOCKET_BUFFER_BYTES;
-use pageferry_uring::plan::{ConnectPlan, LanePlan, PathWish, TargetLaneConfig};
+use pageferry_uring::plan::{ConnectPlan, LanePlan, PathWish, SocketTuning, TargetLaneConfig};
 use pageferry_uring::source::LanePool;
 
 use super::failure;
@@ -62,7 +61,7 @@ impl LaneChoice {
         TargetLaneConfig {
             cpu,
             path: self.path,
-            socket_buffer_bytes: same_host.then_some(SAME_HOST_SOCKET_BUFFER_BYTES),
+            tuning: tuning(same_host),
             ..TargetLaneConfig::default()
         }
     }
@@ -113,11 +112,15 @@ pub fn open(
         // On one machine every byte is copied anyway: the kernel would only say so later.
         zero_copy: lanes.zero_copy && !same_host,
         path: lanes.path,
-        socket_buffer_bytes: same_host.then_some(SAME_HOST_SOCKET_BUFFER_BYTES),
+        tuning: tuning(same_host),
         ..ConnectPlan::new(address, session, plans.collect())
     };
     match LanePool::connect(&plan, memory.clone(), events) {
         Ok(pool) => Ok(Box::new(pool)),
         Err(error) => Err(failure::host("lanes", &error, None)),
     }
+}
+
+fn tuning(same_host: bool) -> SocketTuning {
+    if same_host { SocketTuning::same_host() } else { SocketTuning::default() }
 }

@@ -61,7 +61,8 @@ fn run(
     ready: &Sender<Result<(), LaneError>>,
 ) -> LaneStats {
     let cpu = placement::pin(setup.cpu);
-    let opened = Wire::open(setup.path, setup.zero_copy).map_err(|e| e.into_lane_error(setup.lane));
+    let opened = Wire::open(setup.path, setup.zero_copy)
+        .map_err(|e| e.into_lane_error(setup.lane, &setup.line));
     let (wire, failed) = match opened {
         Ok(wire) => (wire, None),
         Err(error) => (Wire::plain("never used"), error),
@@ -83,8 +84,8 @@ fn run(
         worker.setup.counters.alive.fetch_sub(1, Ordering::AcqRel);
     }
     worker.setup.line.hang_up();
-    let Worker { wire, tally, .. } = worker;
-    wire.finish(tally, cpu)
+    let Worker { setup, wire, tally, .. } = worker;
+    wire.finish(&setup.line, tally, cpu)
 }
 
 /// Why a lane's work ended before it was told to close.
@@ -205,7 +206,9 @@ impl Worker {
     }
 
     fn ended(&self, error: WireError) -> Ended {
-        error.into_lane_error(self.setup.lane).map_or(Ended::Stopped, Ended::Failed)
+        error
+            .into_lane_error(self.setup.lane, &self.setup.line)
+            .map_or(Ended::Stopped, Ended::Failed)
     }
 
     fn say(&self, event: LaneEvent) {
