@@ -4,7 +4,7 @@
 # Guests talk to this process by lines in one FIFO, `events`, each written whole:
 #   ROLE up S           PID 1 runs, S seconds after the kernel's start
 #   ROLE ready S        devices are there, the command starts
-#   ROLE sync NAME      waits until each guest has said so; answered with: go NAME
+#   ROLE sync NAME WORD waits until each guest has said so; answered with: go NAME WORD…
 #   ROLE rc N           the command ended and its output is through; QEMU may be ended
 #   ROLE fail TEXT      the guest's own set-up failed
 # This process waits for nothing else and is the only one that ends a QEMU.
@@ -141,7 +141,7 @@ watch_guests() {
           STAGE[$role]=$word
           say "$role: $word after $(elapsed) s (guest's clock: $rest s)"
           ;;
-        sync) synced "$role" "$rest" ;;
+        sync) synced "$role" "${rest% *}" "${rest#* }" ;;
         rc)
           say "$role: exit code $rest after $(elapsed) s"
           RESULT[$role]=$rest
@@ -170,15 +170,16 @@ watch_guests() {
 }
 
 # Kept by guest and not counted: one may have given up waiting for a name, and wait for it again.
-synced() { # ROLE NAME
-  local name=$2 role
-  SYNCED[$1/$name]=1
+synced() { # ROLE NAME WORD
+  local name=$2 role words=()
+  SYNCED[$1/$name]=$3
   for role in "${ROLES[@]}"; do
     [ -n "${SYNCED[$role/$name]:-}" ] || return 0
+    words+=("${SYNCED[$role/$name]}")
   done
   for role in "${ROLES[@]}"; do
     unset "SYNCED[$role/$name]"
-    echo "go $name" 1<>"$RUN/$role/ctl.in"
+    echo "go $name ${words[*]}" 1<>"$RUN/$role/ctl.in"
   done
 }
 
