@@ -208,7 +208,7 @@ fn summary(
         guest_running_on: running_on(&result.outcome),
         session: result.session.to_string(),
         transport: result.lanes.first().map(|lane| lane.path),
-        transport_reason: None,
+        transport_reason: result.lanes.first().map(|lane| lane.path_reason.clone()),
         tracker: Some(facts.tracker.0.clone()).filter(|name| !name.is_empty()),
         tracker_reason: Some(facts.tracker.1.clone()).filter(|reason| !reason.is_empty()),
         lanes: result.lanes.len(),
@@ -262,10 +262,12 @@ fn detail((lane, stats): (usize, &LaneStats)) -> LaneDetail {
     LaneDetail {
         lane: lane as u16,
         path: stats.path,
+        path_reason: stats.path_reason.clone(),
         cpu: stats.cpu,
         zero_copy: stats.zero_copy,
         moved_bytes: stats.moved_bytes,
         wire_bytes: stats.wire_bytes,
         syscalls: stats.syscalls,
+        cpu_seconds: stats.cpu_ns as f64 / 1e9,
     }
 }

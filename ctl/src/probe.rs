@@ -65,7 +65,8 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// This host's. Takes about a second, most of it for a free 1 GiB page if there is one.
+    /// This host's. Takes a fraction of a second, and some more for a free 1 GiB page if there is
+    /// one: the kernel has to zero it.
     pub fn here() -> Self {
         let root = Path::new("/");
         let memory = memory::Memory::read(root).with_limits_of_this_process();

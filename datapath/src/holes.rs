@@ -7,6 +7,10 @@
 //!
 //! The answer is of its moment: what the guest populates later is the tracker's to report.
 
+mod within;
+
+pub use within::data_within;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -65,8 +69,8 @@ pub fn guest_data_extents(memory: &GuestMemory) -> Result<Vec<Extent>, HolesErro
     Ok(all)
 }
 
-/// The same as bitmaps, in the granule of each region. What a scan reported and is not in here is
-/// a hole by now: it reads as zeros, and must not be read.
+/// The same as bitmaps, in the granule of each region. For a few dirty pages, inside the pause,
+/// [`data_within`] is the cheaper question.
 pub fn guest_data(memory: &GuestMemory) -> Result<DirtySet, HolesError> {
     let mut data = DirtySet::for_memory(memory);
     for extent in guest_data_extents(memory)? {

@@ -1,7 +1,7 @@
 //! What every transport's lanes have in common: the events they report and what they count.
 //!
 //! A lane is one connection with its worker. The source's lanes pull batches from a
-//! [`RoundWork`](crate::work::RoundWork), and when it is empty send a barrier; the target
+//! [`RoundWork`], and when it is empty send a barrier; the target
 //! acknowledges it once every byte before it is in guest memory. Implemented by `uring` (TCP) and
 //! later by `rdma`; nothing here knows which.
 

@@ -28,7 +28,7 @@ use pageferry_datapath::backing::Backing;
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::digest::MemoryDigest;
 use pageferry_datapath::extent::Extent;
-use pageferry_datapath::holes::{guest_data, guest_data_extents};
+use pageferry_datapath::holes::{data_within, guest_data_extents};
 use pageferry_datapath::ids::RegionIndex;
 use pageferry_datapath::region::{GuestMemory, Region};
 use pageferry_datapath::tracker::{DirtyTracker, ScanPhases, UffdTracker};
@@ -163,11 +163,9 @@ impl Guest {
 
     /// Brings to the shadow what is in `dirty`: data is copied, holes are punched.
     fn copy(&self, dirty: &DirtySet) {
-        let data = guest_data(&self.memory).unwrap();
+        let copied = data_within(&self.memory, dirty).unwrap();
         let mut holes = dirty.clone();
-        holes.subtract(&data);
-        let mut copied = dirty.clone();
-        copied.intersect(&data);
+        holes.subtract(&copied);
         let mut bytes = vec![0; 1 << 20];
         for extent in copied.extents() {
             let (from, into) =

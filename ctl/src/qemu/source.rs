@@ -13,7 +13,7 @@ use pageferry_datapath::holes;
 use pageferry_datapath::ids::RegionIndex;
 use pageferry_datapath::region::{GuestMemory, Region};
 use pageferry_datapath::source::Failure;
-use pageferry_datapath::tracker::{DirtyTracker, ScanPhases, UffdTracker};
+use pageferry_datapath::tracker::{DirtyTracker, ScanPhases, TrackerKind, UffdTracker};
 
 use super::capabilities::Settings;
 use super::checks::{self, QemuFacts, Side};
@@ -241,6 +241,10 @@ fn facts(qmp: &Qmp, qemu: &QemuFacts, scan: ScanPhases, kvm: bool) -> Result<Gue
     let drain = (!qemu.direct_io_nodes.is_empty()).then(|| {
         format!("direct I/O of {} escapes write tracking", qemu.direct_io_nodes.join(", "))
     });
+    let kind = match scan {
+        ScanPhases::One => TrackerKind::UffdOnePhase,
+        ScanPhases::Two => TrackerKind::UffdTwoPhase,
+    };
     let why = match (scan, kvm) {
         (ScanPhases::Two, true) => "two-phase scans: KVM's MMU listens",
         (ScanPhases::Two, false) => "two-phase scans: asked for",
@@ -252,6 +256,6 @@ fn facts(qmp: &Qmp, qemu: &QemuFacts, scan: ScanPhases, kvm: bool) -> Result<Gue
         pid: qemu.process.pid(),
         regions,
         drain,
-        tracker: ("userfaultfd-wp-async".into(), why.into()),
+        tracker: (kind.to_string(), why.into()),
     })
 }

@@ -286,6 +286,8 @@ pub struct LaneDetail {
     pub lane: u16,
     /// The path it took.
     pub path: LanePath,
+    /// Why this path.
+    pub path_reason: String,
     /// The core its worker was pinned to.
     pub cpu: Option<usize>,
     /// Zero-copy at its end.
@@ -296,6 +298,8 @@ pub struct LaneDetail {
     pub wire_bytes: u64,
     /// System calls of its loop.
     pub syscalls: u64,
+    /// Processor time of its worker, without what the kernel does for it in interrupts.
+    pub cpu_seconds: f64,
 }
 
 /// One histogram in a line, in microseconds.

@@ -47,8 +47,9 @@ impl Latencies {
             latencies.barriers.add(&lane.barrier_ns).expect("resizes by itself");
         }
         for scan in scans {
-            // 584 years are enough for a scan.
-            latencies.scans.saturating_record(u64::try_from(scan.as_nanos()).unwrap_or(u64::MAX));
+            // Not `saturating_record`: that clamps instead of growing.
+            let nanos = u64::try_from(scan.as_nanos()).unwrap_or(u64::MAX);
+            latencies.scans.record(nanos).expect("resizes by itself");
         }
         latencies
     }

@@ -9,11 +9,13 @@ pub(super) fn summary() -> Summary {
     let lane = |lane: u16| LaneDetail {
         lane,
         path: LanePath::TcpUring,
+        path_reason: "tried at start".into(),
         cpu: Some(usize::from(lane)),
         zero_copy: ZeroCopy::Copied,
         moved_bytes: 600 << 20,
         wire_bytes: 601 << 20,
         syscalls: 1234,
+        cpu_seconds: 0.2,
     };
     Summary {
         outcome: MigrationOutcome::Migrated,

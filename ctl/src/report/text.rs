@@ -73,10 +73,7 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
         rows.push(("brownout", format!("{}{drain}", units::millis(ms))));
     }
     if let Some(ms) = summary.blackout_ms {
-        let predicted = summary
-            .blackout_predicted_ms
-            .map_or(String::new(), |ms| format!(" (predicted {})", units::millis(ms)));
-        rows.push(("blackout", format!("{}{predicted}", units::millis(ms))));
+        rows.push(("blackout", format!("{}{}", units::millis(ms), prediction(summary))));
         rows.extend(parts(summary).into_iter().map(|line| ("", line)));
     }
     rows.push(("total", units::millis(summary.total_ms)));
@@ -114,6 +111,19 @@ fn memory(summary: &Summary) -> String {
         units::bytes(summary.moved_bytes),
         units::bytes(summary.wire_bytes),
     )
+}
+
+/// The prediction is of the pause alone: comparing all memory is asked for, and not counted.
+fn prediction(summary: &Summary) -> String {
+    let verify = summary.blackout_parts_ms.map_or(0.0, |parts| parts.verify);
+    match (summary.blackout_predicted_ms.map(units::millis), verify > 0.0) {
+        (Some(ms), true) => {
+            format!(", {} of it for --verify (predicted {ms} without)", units::millis(verify))
+        }
+        (Some(ms), false) => format!(" (predicted {ms})"),
+        (None, true) => format!(", {} of it for --verify", units::millis(verify)),
+        (None, false) => String::new(),
+    }
 }
 
 /// The parts of the blackout that took any time, a few to a line.
@@ -192,6 +202,17 @@ migrated: the guest runs on the target
 ";
         assert_eq!(summary(&sample::summary(), false), golden);
         assert!(golden.lines().all(|line| line.chars().count() <= 80), "fits a terminal");
+    }
+
+    #[test]
+    fn what_verifying_took_is_told_apart() {
+        let mut with = sample::summary();
+        if let Some(parts) = &mut with.blackout_parts_ms {
+            parts.verify = 12.5;
+        }
+        let text = summary(&with, false);
+        let line = "  blackout  31.2 ms, 12.5 ms of it for --verify (predicted 29.0 ms without)\n";
+        assert!(text.contains(line), "{text}");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{AttachError, Mapping, sys};
 
-/// See the [module](self).
+/// A process that can be attached to.
 #[derive(Debug)]
 pub struct Process {
     pid: libc::pid_t,

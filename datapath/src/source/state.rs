@@ -173,7 +173,7 @@ impl Source {
     /// Takes one input and says what to do next.
     ///
     /// Never fails: what goes wrong before the decision unwinds the attempt, what goes wrong after
-    /// it ends in [`FailureKind::Uncertain`].
+    /// it ends in [`FailureKind::Uncertain`](super::FailureKind::Uncertain).
     pub fn handle(self, input: Input, now: Duration, out: &mut Vec<Command>) -> Self {
         let (from, kind) = (self.phase(), input.kind());
         let Self { state, mut context } = self;

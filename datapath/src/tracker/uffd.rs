@@ -236,7 +236,6 @@ impl DirtyTracker for UffdTracker {
         let mut stats = ScanStats::default();
         for range in &self.ranges {
             let mut scan = RangeScan {
-                uffd: &self.uffd,
                 pagemap: &self.pagemap,
                 range,
                 found: &mut self.found,
@@ -264,7 +263,6 @@ impl Drop for UffdTracker {
 
 /// The scan of one range.
 struct RangeScan<'a> {
-    uffd: &'a Uffd,
     pagemap: &'a File,
     range: &'a TrackedRange,
     found: &'a mut [PageRegion],
@@ -287,7 +285,8 @@ impl RangeScan<'_> {
                 for run in &self.found[..filled] {
                     // Not merged over gaps: what was written in a gap since the report would be
                     // protected without having been reported.
-                    protect_range(self.uffd, run.start..run.end)?;
+                    sys::pagemap_protect(self.pagemap, run.start..run.end)
+                        .map_err(|error| self.scan_error(run.start, error))?;
                     self.stats.calls += 1;
                 }
             }

@@ -4,6 +4,7 @@
 
 use std::fs;
 
+use pageferry_datapath::lane::{LanePath, ZeroCopy};
 use tempfile::TempDir;
 
 use super::*;
@@ -42,6 +43,29 @@ fn lines_are_in_microseconds_and_empty_ones_are_zeros() {
     assert_eq!((scans.of.as_str(), scans.count), ("scans", 23));
     assert_eq!((scans.p50_us, scans.max_us), (144.127, 529.407));
     assert!(scans.p90_us <= scans.p99_us && scans.p99_us <= scans.p999_us);
+}
+
+#[test]
+fn what_lanes_and_scans_counted_is_all_there() {
+    let mut batch_ns = Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap();
+    batch_ns.record(200_000).unwrap();
+    let lane = LaneStats {
+        path: LanePath::TcpPlain,
+        path_reason: "asked for".into(),
+        zero_copy: ZeroCopy::Off,
+        cpu: None,
+        moved_bytes: 1,
+        wire_bytes: 1,
+        syscalls: 1,
+        cpu_ns: 1,
+        barrier_ns: batch_ns.clone(),
+        batch_ns,
+    };
+    let scans = [Duration::from_micros(580), Duration::from_secs(90)];
+    let latencies = Latencies::collect(&[lane.clone(), lane], &scans);
+    let counts = latencies.named().map(|(_, histogram)| histogram.len());
+    assert_eq!(counts, [2, 2, 2]);
+    assert!(latencies.scans.min() >= 579_000 && latencies.scans.max() >= 89_900_000_000);
 }
 
 #[test]
