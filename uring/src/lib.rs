@@ -25,3 +25,4 @@ mod stats;
 mod sys;
 pub mod target;
 mod wire;
+mod worker;

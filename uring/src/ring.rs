@@ -173,7 +173,8 @@ impl RingWire {
 
     /// The next completion; one that does not come while no byte moves either is a stall.
     fn completion(&mut self, line: &Line, idle: bool) -> Result<Completion, WireError> {
-        let mut stall = None;
+        // Between rounds the first byte must be told from what came before it.
+        let mut stall = idle.then(|| SocketStall::new(line));
         loop {
             if let Some(completion) = self.ring.completion() {
                 return Ok(completion);

@@ -6,7 +6,6 @@
 
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
@@ -18,17 +17,18 @@ use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
 use pageferry_datapath::region::GuestMemory;
 
 use crate::plan::TargetLaneConfig;
+use crate::socket;
 use crate::stats::{Tally, record};
 use crate::sys::{Order, Parcel};
 use crate::wire::{Line, Wire, WireError};
-use crate::{placement, socket};
+use crate::worker::{Start, Worker};
 
 /// One admitted lane and its worker. Dropping it fences it.
 #[derive(Debug)]
 pub struct TargetLane {
     lane: LaneId,
     line: Arc<Line>,
-    worker: Option<JoinHandle<LaneStats>>,
+    worker: Option<Worker>,
 }
 
 impl TargetLane {
@@ -45,33 +45,15 @@ impl TargetLane {
             .and_then(|()| Line::new(stream, config.progress_wait))
             .map_err(|source| LaneError::Host { lane, call: "setsockopt", source })?;
         let line = Arc::new(line);
-        let (path, cpu) = (config.path, config.cpu);
-        let (ready, stands) = crossbeam_channel::bounded(1);
+        let start =
+            Start { end: "target", lane, cpu: config.cpu, path: config.path, zero_copy: false };
         let theirs = Arc::clone(&line);
-        let worker = thread::Builder::new()
-            .name(format!("target-lane-{lane}"))
-            .spawn(move || {
-                let cpu = placement::pin(cpu);
-                let opened = Wire::open(path, false).map_err(|e| e.into_lane_error(lane, &theirs));
-                let (wire, failed) = match opened {
-                    Ok(wire) => (wire, None),
-                    Err(error) => (Wire::plain("never used"), error),
-                };
-                let mut worker = Worker::new(lane, theirs, memory, events, wire);
-                if let Some(error) = failed {
-                    let _ = ready.send(Err(error));
-                } else {
-                    let _ = ready.send(Ok(()));
-                    worker.serve();
-                }
-                worker.finish(cpu)
-            })
-            .map_err(|source| LaneError::Host { lane, call: "clone", source })?;
-        match stands.recv() {
-            Ok(Ok(())) => Ok(Self { lane, line, worker: Some(worker) }),
-            Ok(Err(error)) => Err(error),
-            Err(_) => panic!("lane {lane}: worker ended before its wire stood"),
-        }
+        let worker = Worker::start(start, &line, move |wire, cpu| {
+            let mut receiver = Receiver::new(lane, theirs, memory, events, wire);
+            receiver.serve();
+            receiver.finish(cpu)
+        })?;
+        Ok(Self { lane, line, worker: Some(worker) })
     }
 
     /// Its number in the session.
@@ -93,8 +75,7 @@ impl TargetLane {
     }
 
     fn join(&mut self) -> Option<LaneStats> {
-        let worker = self.worker.take()?;
-        Some(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        self.worker.take().map(Worker::join)
     }
 }
 
@@ -102,8 +83,7 @@ impl Drop for TargetLane {
     fn drop(&mut self) {
         self.line.stop();
         if let Some(worker) = self.worker.take() {
-            // A worker's panic has been printed; a second one here would abort.
-            let _ = worker.join();
+            let _ = worker.join_quietly();
         }
     }
 }
@@ -115,7 +95,8 @@ enum Ended {
     Failed(LaneError),
 }
 
-struct Worker {
+/// What the worker works with.
+struct Receiver {
     lane: LaneId,
     line: Arc<Line>,
     memory: GuestMemory,
@@ -126,7 +107,7 @@ struct Worker {
     tally: Tally,
 }
 
-impl Worker {
+impl Receiver {
     fn new(
         lane: LaneId,
         line: Arc<Line>,

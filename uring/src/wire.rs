@@ -211,7 +211,7 @@ pub(crate) struct SocketStall {
 }
 
 impl SocketStall {
-    /// At the first tick of an operation; what moved before it is not known.
+    /// Watches from now on; what moved before is not known.
     pub(crate) fn new(line: &Line) -> Self {
         let stall = Stall::new(line.progress_wait());
         Self { stall, progress: line.progress(), begun: false }

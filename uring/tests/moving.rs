@@ -7,24 +7,15 @@ use std::sync::Arc;
 use pageferry_datapath::ids::RoundIndex;
 use pageferry_datapath::lane::{LaneEvent, SourceLanes};
 use pageferry_datapath::work::RoundWork;
-use pageferry_uring::plan::{PathWish, TargetLaneConfig};
-use pageferry_uring::source::LanePool;
-use support::{Acceptor, extent, fill, memory, next, same};
+use pageferry_uring::plan::PathWish;
+use support::{Session, extent, fill, memory_of, next, same};
 
 const SIZES: [u64; 2] = [24 << 20, 4 << 20];
 
-fn move_between(source_path: PathWish, target_path: PathWish) {
-    let (from, to) = (memory(&SIZES), memory(&SIZES));
-    let acceptor = Acceptor::new(2);
-    let (source_events, at_source) = crossbeam_channel::unbounded();
-    let (target_events, at_target) = crossbeam_channel::unbounded();
-    let config = TargetLaneConfig { path: target_path, ..TargetLaneConfig::default() };
-    let plan = acceptor.plan(source_path);
-    let (mut pool, targets) = std::thread::scope(|scope| {
-        let admitted = scope.spawn(|| acceptor.admit_all(&to, &config, &target_events));
-        let pool = LanePool::connect(&plan, from.clone(), source_events).expect("connect");
-        (Box::new(pool), admitted.join().expect("acceptor"))
-    });
+fn move_between(source_path: PathWish, target_path: PathWish, huge: bool) {
+    let guests = (memory_of(&SIZES, huge), memory_of(&SIZES, huge));
+    let session = Session::open(2, guests, (source_path, target_path), |_| {});
+    let Session { from, to, mut pool, targets, at_source, at_target } = session;
     assert_eq!(pool.alive(), 2);
     let mut seed = 1u64;
     let mut random = move |below: u64| {
@@ -75,20 +66,30 @@ fn move_between(source_path: PathWish, target_path: PathWish) {
 
 #[test]
 fn plain_to_plain() {
-    move_between(PathWish::Plain, PathWish::Plain);
+    move_between(PathWish::Plain, PathWish::Plain, false);
 }
 
 #[test]
 fn plain_to_uring() {
-    move_between(PathWish::Plain, PathWish::Uring);
+    move_between(PathWish::Plain, PathWish::Uring, false);
 }
 
 #[test]
 fn uring_to_plain() {
-    move_between(PathWish::Uring, PathWish::Plain);
+    move_between(PathWish::Uring, PathWish::Plain, false);
 }
 
 #[test]
 fn uring_to_uring() {
-    move_between(PathWish::Uring, PathWish::Uring);
+    move_between(PathWish::Uring, PathWish::Uring, false);
+}
+
+#[test]
+fn hugetlb_memory() {
+    let name = "hugetlb_memory";
+    let pages = 2 * SIZES.iter().sum::<u64>() / support::HUGE_PAGE_BYTES;
+    let Some(_pages) = support::HugePages::reserve(name, pages) else { return };
+    for path in [PathWish::Plain, PathWish::Uring] {
+        move_between(path, path, true);
+    }
 }

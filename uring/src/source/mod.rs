@@ -8,7 +8,6 @@ mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
 
 use crossbeam_channel::Sender;
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats, SourceLanes};
@@ -17,6 +16,7 @@ use pageferry_datapath::work::RoundWork;
 
 use crate::plan::ConnectPlan;
 use crate::wire::Line;
+use crate::worker::{Start, Worker};
 
 /// What the driver tells a worker.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ pub struct LanePool {
 struct Lane {
     line: Arc<Line>,
     commands: Sender<Command>,
-    worker: Option<JoinHandle<LaneStats>>,
+    worker: Worker,
 }
 
 impl LanePool {
@@ -62,20 +62,25 @@ impl LanePool {
         for (lane, line) in plan.lanes.iter().zip(connect::connect_all(plan)?) {
             let line = Arc::new(line);
             let (commands, inbox) = crossbeam_channel::unbounded();
-            let worker = worker::spawn(
-                worker::Setup {
-                    lane: lane.lane,
-                    cpu: lane.cpu,
-                    path: plan.path,
-                    zero_copy: plan.zero_copy,
-                    line: Arc::clone(&line),
-                    memory: memory.clone(),
-                    events: events.clone(),
-                    counters: Arc::clone(&pool.counters),
-                },
-                inbox,
-            )?;
-            pool.lanes.push(Lane { line, commands, worker: Some(worker) });
+            let setup = worker::Setup {
+                lane: lane.lane,
+                line: Arc::clone(&line),
+                memory: memory.clone(),
+                events: events.clone(),
+                counters: Arc::clone(&pool.counters),
+            };
+            let start = Start {
+                end: "source",
+                lane: lane.lane,
+                cpu: lane.cpu,
+                path: plan.path,
+                zero_copy: plan.zero_copy,
+            };
+            let worker = Worker::start(start, &line, move |wire, cpu| {
+                worker::run(setup, &inbox, wire, cpu)
+            })?;
+            pool.counters.alive.fetch_add(1, Ordering::AcqRel);
+            pool.lanes.push(Lane { line, commands, worker });
         }
         Ok(pool)
     }
@@ -93,10 +98,10 @@ impl LanePool {
         let lanes = std::mem::take(&mut self.lanes);
         lanes
             .into_iter()
-            .filter_map(|mut lane| {
+            .filter_map(|Lane { commands, worker, .. }| {
                 // Without its sender a worker that waits for a command ends too.
-                drop(lane.commands);
-                lane.worker.take()?.join().ok()
+                drop(commands);
+                worker.join_quietly()
             })
             .collect()
     }

@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -18,55 +17,28 @@ use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
 
 use super::{Command, PoolCounters};
-use crate::plan::PathWish;
+use crate::limits;
 use crate::stats::{Tally, record};
 use crate::sys::{Order, Parcel};
 use crate::wire::{Line, Wire, WireError};
-use crate::{limits, placement};
 
-/// What a worker starts with.
+/// What a worker works on.
 #[derive(Debug)]
 pub(super) struct Setup {
     pub(super) lane: LaneId,
-    pub(super) cpu: Option<usize>,
-    pub(super) path: PathWish,
-    pub(super) zero_copy: bool,
     pub(super) line: Arc<Line>,
     pub(super) memory: GuestMemory,
     pub(super) events: Sender<LaneEvent>,
     pub(super) counters: Arc<PoolCounters>,
 }
 
-/// Starts a worker's thread; returns once its wire stands.
-pub(super) fn spawn(
-    setup: Setup,
-    commands: Receiver<Command>,
-) -> Result<JoinHandle<LaneStats>, LaneError> {
-    let lane = setup.lane;
-    let (ready, stands) = crossbeam_channel::bounded(1);
-    let worker = thread::Builder::new()
-        .name(format!("source-lane-{lane}"))
-        .spawn(move || run(setup, &commands, &ready))
-        .map_err(|source| LaneError::Host { lane, call: "clone", source })?;
-    match stands.recv() {
-        Ok(Ok(())) => Ok(worker),
-        Ok(Err(error)) => Err(error),
-        Err(_) => panic!("lane {lane}: worker ended before its wire stood"),
-    }
-}
-
-fn run(
+/// Serves commands until the lane ends; the body of a worker's thread.
+pub(super) fn run(
     setup: Setup,
     commands: &Receiver<Command>,
-    ready: &Sender<Result<(), LaneError>>,
+    wire: Wire,
+    cpu: Option<usize>,
 ) -> LaneStats {
-    let cpu = placement::pin(setup.cpu);
-    let opened = Wire::open(setup.path, setup.zero_copy)
-        .map_err(|e| e.into_lane_error(setup.lane, &setup.line));
-    let (wire, failed) = match opened {
-        Ok(wire) => (wire, None),
-        Err(error) => (Wire::plain("never used"), error),
-    };
     let mut worker = Worker {
         setup,
         wire,
@@ -75,16 +47,9 @@ fn run(
         unacked: Vec::new(),
         tally: Tally::new(),
     };
-    if let Some(error) = failed {
-        let _ = ready.send(Err(error));
-    } else {
-        worker.setup.counters.alive.fetch_add(1, Ordering::AcqRel);
-        let _ = ready.send(Ok(()));
-        worker.serve(commands);
-        worker.setup.counters.alive.fetch_sub(1, Ordering::AcqRel);
-    }
-    worker.setup.line.hang_up();
+    worker.serve(commands);
     let Worker { setup, wire, tally, .. } = worker;
+    setup.line.hang_up();
     wire.finish(&setup.line, tally, cpu)
 }
 
@@ -106,7 +71,6 @@ struct Worker {
 }
 
 impl Worker {
-    /// Serves commands until the lane ends.
     fn serve(&mut self, commands: &Receiver<Command>) {
         for command in commands {
             let ended = match command {
@@ -119,9 +83,10 @@ impl Worker {
                     Err(ended) => ended,
                 },
             };
+            // Counted out and hung up first: whoever hears of the failure may rely on both.
+            self.setup.counters.alive.fetch_sub(1, Ordering::AcqRel);
+            self.setup.line.hang_up();
             if let Ended::Failed(error) = ended {
-                // The connection goes first: whoever hears of the failure may rely on it.
-                self.setup.line.hang_up();
                 let (lane, unacked) = (self.setup.lane, std::mem::take(&mut self.unacked));
                 self.say(LaneEvent::Failed { lane, error, unacked });
             }

@@ -3,19 +3,21 @@
 
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Greeting, Reply, Ticket};
-use pageferry_datapath::ids::{LaneId, RegionIndex, SessionId};
-use pageferry_datapath::lane::LaneEvent;
+use pageferry_datapath::ids::{LaneId, RegionIndex, RoundIndex, SessionId};
+use pageferry_datapath::lane::{LaneEvent, SourceLanes};
 use pageferry_datapath::region::{GuestMemory, Region};
+use pageferry_datapath::work::RoundWork;
 use pageferry_uring::greet;
 use pageferry_uring::plan::{ConnectPlan, LanePlan, PathWish, TargetLaneConfig};
+use pageferry_uring::source::LanePool;
 use pageferry_uring::target::TargetLane;
 
 /// Nothing in these tests takes longer.
@@ -32,37 +34,84 @@ pub(crate) fn memory_file(bytes: u64, huge: bool) -> std::io::Result<File> {
 
 /// Guest memory with regions of these sizes.
 pub(crate) fn memory(sizes: &[u64]) -> GuestMemory {
+    memory_of(sizes, false)
+}
+
+/// The same, of huge pages if told so; those must have been [reserved](HugePages).
+pub(crate) fn memory_of(sizes: &[u64], huge: bool) -> GuestMemory {
+    let page_bytes = if huge { HUGE_PAGE_BYTES } else { 4096 };
     let regions = sizes.iter().enumerate().map(|(index, &bytes)| {
-        let file = memory_file(bytes, false).expect("memfd");
-        Region::map(RegionIndex(index as u16), file, bytes, 4096).expect("map")
+        let file = memory_file(bytes, huge).expect("memfd");
+        Region::map(RegionIndex(index as u16), file, bytes, page_bytes).expect("map")
     });
     GuestMemory::new(regions.collect())
 }
 
+/// Says that a test did not run. With `PAGEFERRY_REQUIRE_ALL=1` that is a failure.
+pub(crate) fn skip(name: &str, reason: &str) {
+    println!("SKIP {name}: {reason}");
+    assert!(std::env::var_os("PAGEFERRY_REQUIRE_ALL").is_none_or(|v| v != "1"), "{name}: {reason}");
+}
+
+pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+/// Huge pages added to the machine's pool, and given back when dropped.
+pub(crate) struct HugePages(u64);
+
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+impl HugePages {
+    /// Adds pages; `None`, having said so for the test `name`, where that can't be done.
+    pub(crate) fn reserve(name: &str, count: u64) -> Option<Self> {
+        let added = Self(Self::change(|now| now + count).unwrap_or(0));
+        if added.0 == count {
+            return Some(added);
+        }
+        skip(name, &format!("{} of {count} huge pages to be had", added.0));
+        None
+    }
+
+    /// Changes the pool by this rule; returns by how much it grew. Other tests change the same
+    /// number: one at a time.
+    fn change(to: impl Fn(u64) -> u64) -> std::io::Result<u64> {
+        let lock =
+            File::options().create(true).append(true).open("/tmp/pageferry-hugepages.lock")?;
+        let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+        let read = || -> std::io::Result<u64> {
+            std::fs::read_to_string(POOL)?.trim().parse().map_err(std::io::Error::other)
+        };
+        let before = read()?;
+        std::fs::write(POOL, to(before).to_string())?;
+        Ok(read()?.saturating_sub(before))
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if self.0 > 0 {
+            let _ = Self::change(|now| now.saturating_sub(self.0));
+        }
+    }
+}
+
 /// Writes a page's worth of bytes that tell where and when they were written.
-pub(crate) fn fill(region: &Region, extent: Extent, salt: u64) {
+pub(crate) fn fill(region: &Arc<Region>, extent: Extent, salt: u64) {
     let mut page = [0; 4096];
-    let file = File::from(region.file().try_clone_to_owned().expect("dup"));
-    for offset in (extent.offset..extent.end()).step_by(4096) {
-        let mut state = offset ^ salt.rotate_left(32) ^ 0x9e37_79b9_7f4a_7c15;
+    let lease = region.lease(extent.offset, extent.len).expect("lease");
+    for at in (0..extent.len).step_by(4096) {
+        let mut state = (extent.offset + at) ^ salt.rotate_left(32) ^ 0x9e37_79b9_7f4a_7c15;
         for word in page.chunks_exact_mut(8) {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             word.copy_from_slice(&state.to_le_bytes());
         }
-        file.write_all_at(&page, offset).expect("fill");
+        lease.copy_in(at, &page).expect("fill");
     }
 }
 
 /// All bytes of a region.
-pub(crate) fn contents(region: &Region) -> Vec<u8> {
-    read(region, Extent { region: region.index(), offset: 0, len: region.len() })
-}
-
-/// The bytes of an extent.
-pub(crate) fn read(region: &Region, extent: Extent) -> Vec<u8> {
-    let mut bytes = vec![0; extent.len as usize];
-    let file = File::from(region.file().try_clone_to_owned().expect("dup"));
-    file.read_exact_at(&mut bytes, extent.offset).expect("read");
+pub(crate) fn contents(region: &Arc<Region>) -> Vec<u8> {
+    let mut bytes = vec![0; region.len() as usize];
+    region.lease(0, region.len()).and_then(|l| l.copy_out(0, &mut bytes)).expect("read");
     bytes
 }
 
@@ -127,6 +176,46 @@ impl Acceptor {
                 .expect("target lane")
         });
         lanes.collect()
+    }
+}
+
+/// An open session: the source's lanes and the target's, with their events.
+pub(crate) struct Session {
+    pub(crate) from: GuestMemory,
+    pub(crate) to: GuestMemory,
+    pub(crate) pool: Box<LanePool>,
+    pub(crate) targets: Vec<TargetLane>,
+    pub(crate) at_source: Receiver<LaneEvent>,
+    pub(crate) at_target: Receiver<LaneEvent>,
+}
+
+impl Session {
+    /// Opens `lanes` lanes between two guests; `change` adapts the source's plan.
+    pub(crate) fn open(
+        lanes: usize,
+        (from, to): (GuestMemory, GuestMemory),
+        (source_path, target_path): (PathWish, PathWish),
+        change: impl FnOnce(&mut ConnectPlan),
+    ) -> Self {
+        let acceptor = Acceptor::new(lanes);
+        let (source_events, at_source) = crossbeam_channel::unbounded();
+        let (target_events, at_target) = crossbeam_channel::unbounded();
+        let config = TargetLaneConfig { path: target_path, ..TargetLaneConfig::default() };
+        let mut plan = acceptor.plan(source_path);
+        change(&mut plan);
+        let (pool, targets) = std::thread::scope(|scope| {
+            let admitted = scope.spawn(|| acceptor.admit_all(&to, &config, &target_events));
+            let pool = LanePool::connect(&plan, from.clone(), source_events).expect("connect");
+            (Box::new(pool), admitted.join().expect("acceptor"))
+        });
+        Self { from, to, pool, targets, at_source, at_target }
+    }
+
+    /// Moves extents as one round, without waiting for it.
+    pub(crate) fn begin(&mut self, round: u32, extents: Vec<Extent>) -> Arc<RoundWork> {
+        let work = Arc::new(RoundWork::new(RoundIndex(round), extents));
+        self.pool.move_round(Arc::clone(&work));
+        work
     }
 }
 
