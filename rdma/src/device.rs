@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::sysfs;
 
+const LINK_LOCAL_PREFIX: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
+
 /// What carries the verbs of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -112,9 +114,9 @@ pub struct Device {
 }
 
 impl Device {
-    /// Reads `/sys/class/infiniband/NAME`, given as `class`, and the matching node of
-    /// `infiniband_verbs`, whose directory is given as `verbs`.
-    pub(crate) fn read(class: &Path, verbs: &Path) -> Self {
+    /// Reads `/sys/class/infiniband/NAME`, given as `class`, and what belongs to it below
+    /// `/sys/class/infiniband_verbs` and `/sys/class/net`, given as `verbs` and `nets`.
+    pub(crate) fn read(class: &Path, verbs: &Path, nets: &Path) -> Self {
         let name = sysfs::name(class);
         let node_type = sysfs::label(class.join("node_type")).unwrap_or_default();
         let hardware = sysfs::link_name(class.join("device/driver"));
@@ -126,7 +128,7 @@ impl Device {
         let parent = parent_netdev(class);
         for port in &mut ports {
             if port.netdev.is_none() {
-                port.netdev.clone_from(&parent);
+                port.netdev = parent.clone().or_else(|| netdev_by_address(port, nets));
             }
         }
         Self {
@@ -182,6 +184,21 @@ fn parent_netdev(class: &Path) -> Option<String> {
         .or_else(|| sysfs::entries(class.join("device/net")).first().map(|path| sysfs::name(path)))
 }
 
+/// An iWARP GID begins with the MAC address of its interface, and soft-iWARP names that interface
+/// nowhere else. Two interfaces of one address (a VLAN on top) leave it open which is meant.
+fn netdev_by_address(port: &Port, nets: &Path) -> Option<String> {
+    let first = port.gids.first().filter(|_| port.transport == Transport::Iwarp)?;
+    let [a, b, c, d, e, f, ..] = first.gid.octets();
+    let address = [a, b, c, d, e, f].map(|byte| format!("{byte:02x}")).join(":");
+    let mut matches = sysfs::entries(nets)
+        .into_iter()
+        .filter(|net| sysfs::text(net.join("address")).as_ref() == Some(&address));
+    match (matches.next(), matches.next()) {
+        (Some(only), None) => Some(sysfs::name(&only)),
+        _ => None,
+    }
+}
+
 fn read_port(port: &Path, node_type: &str) -> Option<Port> {
     let link_layer = sysfs::text(port.join("link_layer"));
     let transport = match (node_type, link_layer.as_deref()) {
@@ -211,8 +228,9 @@ fn read_gids(port: &Path) -> Vec<Gid> {
             let entry = sysfs::name(path);
             let index = entry.parse().ok()?;
             let gid: Ipv6Addr = sysfs::text(path)?.parse().ok()?;
-            // A link-local prefix alone is what an empty entry of some drivers looks like.
-            if gid.octets()[8..] == [0; 8] {
+            // Empty entries are zeros, or a link-local prefix with nothing behind it. An iWARP GID
+            // is a MAC address followed by zeros.
+            if gid.is_unspecified() || gid == LINK_LOCAL_PREFIX {
                 return None;
             }
             let kind = match sysfs::text(attributes.join("types").join(&entry)).as_deref() {

@@ -117,9 +117,13 @@ pub fn probe_host() -> RdmaProbe {
 pub fn probe(root: &Path) -> RdmaProbe {
     let class = root.join("sys/class/infiniband");
     let verbs = root.join("sys/class/infiniband_verbs");
+    let nets = root.join("sys/class/net");
     let mut probe = RdmaProbe {
         libraries: Libraries::find(root),
-        devices: sysfs::entries(&class).iter().map(|path| Device::read(path, &verbs)).collect(),
+        devices: sysfs::entries(&class)
+            .iter()
+            .map(|path| Device::read(path, &verbs, &nets))
+            .collect(),
         has_connection_manager: root.join("dev/infiniband/rdma_cm").exists(),
         why_none: None,
     };

@@ -102,6 +102,9 @@ fn soft_devices_are_told_apart_by_what_they_say_of_themselves() {
     write(root, "sys/class/infiniband/left/node_desc", "rxe\n");
     device(root, "right", "4: RNIC\n", "Ethernet\n", "4: ACTIVE\n");
     write(root, "sys/class/infiniband/right/node_desc", "Software iWARP stack\n");
+    gid(root, "right", 0, "1875:9b00:8133:0000:0000:0000:0000:0000\n", "IB/RoCE v1\n", "");
+    gid(root, "right", 1, "fe80:0000:0000:0000:0000:0000:0000:0000\n", "IB/RoCE v1\n", "");
+    write(root, "sys/class/net/veth1/address", "18:75:9b:00:81:33\n");
     let probe = probe(root);
     let [left, right] = &probe.devices[..] else { panic!("two devices") };
     assert_eq!((left.provider.as_deref(), left.is_software), (Some("rxe"), true));
@@ -109,6 +112,8 @@ fn soft_devices_are_told_apart_by_what_they_say_of_themselves() {
     assert_eq!(left.ports[0].netdev.as_deref(), Some("veth0"));
     assert_eq!(right.provider.as_deref(), Some("siw"));
     assert_eq!(right.ports[0].transport, Transport::Iwarp);
+    assert_eq!(right.ports[0].netdev.as_deref(), Some("veth1"));
+    assert_eq!(right.ports[0].gids.len(), 1, "a MAC address is a GID, a bare prefix is none");
 }
 
 #[test]
