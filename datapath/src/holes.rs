@@ -13,9 +13,9 @@ pub use within::data_within;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
+use nix::sys::stat::fstat;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
@@ -53,6 +53,16 @@ pub enum HolesError {
 pub fn data_extents(region: &Region) -> Result<Vec<Extent>, HolesError> {
     let fs = fstatfs(region.file()).map_err(|errno| host("fstatfs", errno.into()))?;
     let mut data = Merged { region, extents: Vec::new() };
+    let stat = fstat(region.file()).map_err(|errno| host("fstat", errno.into()))?;
+    // `st_blocks` counts what is there, also in swap: often this is all there is to find out.
+    match u64::try_from(stat.st_blocks).unwrap_or(0) * 512 {
+        0 => return Ok(data.extents),
+        allocated if allocated >= region.len() => {
+            data.add(0, region.len());
+            return Ok(data.extents);
+        }
+        _ => {}
+    }
     match fs.filesystem_type() {
         HUGETLBFS_MAGIC => hugetlb_data(region, &mut data)?,
         _ => seek_data(region, &mut data)?,
@@ -124,14 +134,6 @@ fn seek_data(region: &Region, data: &mut Merged<'_>) -> Result<(), HolesError> {
 fn hugetlb_data(region: &Region, data: &mut Merged<'_>) -> Result<(), HolesError> {
     let file = region.file().try_clone_to_owned().map(File::from);
     let file = file.map_err(|error| host("dup", error))?;
-    let allocated = file.metadata().map_err(|error| host("fstat", error))?.blocks() * 512;
-    if allocated == 0 || allocated >= region.len() {
-        // Nothing, or no hole at all.
-        if allocated > 0 {
-            data.add(0, region.len());
-        }
-        return Ok(());
-    }
     let (len, page_bytes) = (region.len(), region.page_bytes());
     let view = Region::map_unreserved(region.index(), file, len, page_bytes)
         .map_err(|source| HolesError::Map { source })?;
@@ -175,6 +177,8 @@ fn host(call: &'static str, source: io::Error) -> HolesError {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
     use crate::backing::Backing;
     use crate::ids::RegionIndex;

@@ -451,9 +451,7 @@ impl<'a> Agent<'a> {
         let mut fresh = found.clone();
         fresh.subtract(sent);
         if !fresh.is_empty() {
-            for extent in holes::guest_data_extents(&self.memory)? {
-                fresh.clear_extent(extent).expect("an extent of this memory");
-            }
+            fresh.subtract(&holes::data_within(&self.memory, &fresh)?);
             found.subtract(&fresh);
         }
         sent.union_with(found);

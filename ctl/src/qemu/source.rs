@@ -13,7 +13,7 @@ use pageferry_datapath::holes;
 use pageferry_datapath::ids::RegionIndex;
 use pageferry_datapath::region::{GuestMemory, Region};
 use pageferry_datapath::source::Failure;
-use pageferry_datapath::tracker::{DirtyTracker, ScanPhases, TrackerKind, UffdTracker};
+use pageferry_datapath::tracker::{DirtyTracker, ScanPhases, TrackerKind, UffdTracker, probe};
 
 use super::capabilities::Settings;
 use super::checks::{self, QemuFacts, Side};
@@ -83,6 +83,9 @@ impl SourceMonitor for QemuSource {
     fn attach(&mut self, memory: &GuestMemory) -> Result<Attached, Failure> {
         let populated = holes::guest_data_extents(memory)
             .map_err(|error| failure::host("attach", &error, None))?;
+        // Trusted only once it has reported a write on this kernel and these page sizes.
+        probe::probe_guest(memory, &populated, self.scan)
+            .map_err(|error| failure::host("dirty tracking", &error, None))?;
         let ranges = attach::tracked_ranges(&self.process, memory)
             .map_err(|error| attach_failure(&error))?;
         let pagemap = self.process.pagemap().map_err(|error| attach_failure(&error))?;

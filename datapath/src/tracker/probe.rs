@@ -21,7 +21,7 @@ use crate::bitmap::DirtySet;
 use crate::extent::Extent;
 use crate::ids::RegionIndex;
 use crate::limits;
-use crate::region::{Region, RegionError};
+use crate::region::{GuestMemory, Region, RegionError};
 use crate::thp;
 
 /// Whose memory the probe wrote to.
@@ -192,6 +192,25 @@ pub fn probe_for(
     }
 }
 
+/// Tries tracking, as [`probe_for`] does, once for each page size that a guest's memory has.
+/// `populated` is where it holds data.
+pub fn probe_guest(
+    memory: &GuestMemory,
+    populated: &[Extent],
+    phases: ScanPhases,
+) -> Result<Vec<ProbeReport>, ProbeError> {
+    let mut reports: Vec<ProbeReport> = Vec::new();
+    // Regions with data first: a probe may need a page of theirs.
+    let has_data = |region: &&Arc<Region>| populated.iter().any(|e| e.region == region.index());
+    let (first, last): (Vec<_>, Vec<_>) = memory.regions().iter().partition(has_data);
+    for region in first.into_iter().chain(last) {
+        if reports.iter().all(|report| report.page_bytes != region.page_bytes()) {
+            reports.push(probe_for(region, populated, phases)?);
+        }
+    }
+    Ok(reports)
+}
+
 /// Memory under tracking, and what the next scan has to report.
 struct Trial {
     region: Arc<Region>,
@@ -331,6 +350,17 @@ mod tests {
         let empty = probe_region(&region, &[], ScanPhases::One);
         assert!(matches!(empty, Err(ProbeError::EmptyRegion { region: RegionIndex(2) })));
         assert_eq!(probe_for(&region, &[], ScanPhases::One).unwrap().memory, ProbedMemory::Own);
+    }
+
+    #[test]
+    fn each_page_size_of_a_guest_is_tried_once() {
+        let region = |index, len| {
+            let backing = Backing::memfd("probe-test", len, None).unwrap();
+            Region::open(RegionIndex(index), backing).unwrap()
+        };
+        let memory = GuestMemory::new(vec![region(0, 4096), region(1, 8192)]);
+        let reports = probe_guest(&memory, &[], ScanPhases::One).unwrap();
+        assert_eq!(reports.iter().map(|r| r.page_bytes).collect::<Vec<_>>(), [4096]);
     }
 
     #[test]
