@@ -55,6 +55,13 @@ pub struct Event {
     pub at: Duration,
 }
 
+/// A command that was sent and whose answer nobody has taken yet. Dropped, the answer is too.
+#[derive(Debug)]
+pub struct Posted {
+    command: String,
+    id: u64,
+}
+
 /// One client of one monitor. QEMU serves one client per socket at a time.
 #[derive(Debug)]
 pub struct Qmp {
@@ -141,6 +148,37 @@ impl Qmp {
     ) -> Result<Value, QmpError> {
         let deadline = Instant::now() + QMP_COMMAND_TIMEOUT;
         self.lock().execute(command, &args, Some(fd), deadline)
+    }
+
+    /// Sends a command without waiting for its answer: what follows runs beside it. Take the answer
+    /// with [`Qmp::answer`].
+    pub fn post(&self, command: &str, args: Value) -> Result<Posted, QmpError> {
+        let deadline = Instant::now() + QMP_COMMAND_TIMEOUT;
+        let id = self.lock().post(command, &args, None, deadline, true)?;
+        Ok(Posted { command: command.into(), id })
+    }
+
+    /// Waits for the answer to a posted command, until `deadline`.
+    ///
+    /// # Errors
+    /// As for [`Qmp::execute`].
+    pub fn answer(&self, posted: Posted, deadline: Instant) -> Result<Value, QmpError> {
+        self.lock().answer(&posted.command, posted.id, deadline)
+    }
+
+    /// Runs a command and returns as soon as QEMU has reported the event `name` that it causes, or
+    /// has answered without one (`None`). For commands whose answer waits for more than matters.
+    ///
+    /// # Errors
+    /// As for [`Qmp::execute`].
+    pub fn execute_until_event(
+        &self,
+        command: &str,
+        args: Value,
+        name: &str,
+    ) -> Result<Option<Event>, QmpError> {
+        let deadline = Instant::now() + QMP_COMMAND_TIMEOUT;
+        self.lock().execute_until_event(command, &args, name, deadline)
     }
 
     /// Runs a command of the human monitor and returns its text.

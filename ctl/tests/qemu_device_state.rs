@@ -79,6 +79,7 @@ fn move_guest(source: &mut BareQemu, target: &mut BareQemu, paused_by: PausedBy)
     let _ = Settings::apply(&to, Side::Target, paused_by).expect("target settings");
     let (incoming, to_channel) = Incoming::begin(&to).expect("incoming");
 
+    let (mut outgoing, from_channel) = Outgoing::prepare(&from, paused_by).expect("prepare");
     let mut paused = Instant::now();
     if paused_by == PausedBy::Agent {
         runstate::stop(&from).expect("stop");
@@ -86,7 +87,7 @@ fn move_guest(source: &mut BareQemu, target: &mut BareQemu, paused_by: PausedBy)
         copy_memory(source, target);
         paused += copying.elapsed();
     }
-    let (outgoing, from_channel) = Outgoing::begin(&from, paused_by).expect("outgoing");
+    outgoing.begin(&from).expect("begin");
     std::thread::scope(|scope| {
         let state = scope.spawn(|| pass_on(&from_channel, &to_channel));
         let answers = scope.spawn(|| pass_on(&to_channel, &from_channel));
@@ -160,10 +161,11 @@ fn cut_channel_leaves_the_source_able_to_run() {
             let qmp = source.qmp();
             let before = settings_of(&qmp);
             let settings = Settings::apply(&qmp, Side::Source, paused_by).expect("settings");
+            let (mut outgoing, channel) = Outgoing::prepare(&qmp, paused_by).expect("prepare");
             if paused_by == PausedBy::Agent {
                 runstate::stop(&qmp).expect("stop");
             }
-            let (outgoing, channel) = Outgoing::begin(&qmp, paused_by).expect("begin");
+            outgoing.begin(&qmp).expect("begin");
             let mut bytes = vec![0; 4096];
             assert!(channel.read(&mut bytes, in_20_s()).expect("read") > 0);
             channel.close();
@@ -185,7 +187,8 @@ fn cancel_between_pause_and_device_state_lets_the_guest_run() {
         let mut source = source(binary);
         let qmp = source.qmp();
         let settings = Settings::apply(&qmp, Side::Source, PausedBy::Qemu).expect("settings");
-        let (outgoing, channel) = Outgoing::begin(&qmp, PausedBy::Qemu).expect("begin");
+        let (mut outgoing, channel) = Outgoing::prepare(&qmp, PausedBy::Qemu).expect("prepare");
+        outgoing.begin(&qmp).expect("begin");
         std::thread::scope(|scope| {
             let drain = scope.spawn(|| {
                 let mut bytes = vec![0; 256 << 10];
@@ -213,10 +216,12 @@ fn target_with_other_devices_fails_and_the_source_goes_on() {
             let settings = Settings::apply(&from, Side::Source, paused_by).expect("settings");
             let _ = Settings::apply(&to, Side::Target, paused_by).expect("settings");
             let (incoming, to_channel) = Incoming::begin(&to).expect("incoming");
+            let (mut outgoing, from_channel) =
+                Outgoing::prepare(&from, paused_by).expect("prepare");
             if paused_by == PausedBy::Agent {
                 runstate::stop(&from).expect("stop");
             }
-            let (outgoing, from_channel) = Outgoing::begin(&from, paused_by).expect("outgoing");
+            outgoing.begin(&from).expect("begin");
             std::thread::scope(|scope| {
                 scope.spawn(|| pass_on(&from_channel, &to_channel));
                 scope.spawn(|| pass_on(&to_channel, &from_channel));

@@ -4,9 +4,10 @@
 //!   paused by   source QEMU                                      target QEMU
 //!               Settings::apply                                  Settings::apply
 //!                                                                Incoming::begin
-//!   Agent       stop, Outgoing::begin
-//!   Qemu        Outgoing::begin, wait_paused (set-up and QEMU's
-//!               own RAM go while the guest runs), resume
+//!               Outgoing::prepare
+//!   Agent       stop, begin
+//!   Qemu        begin, wait_paused (set-up and QEMU's own RAM
+//!               go while the guest runs), resume
 //!                       ── Channel: both directions relayed ──
 //!                                                                wait_loaded
 //!               wait_completed                                   cont, when told to
@@ -36,7 +37,7 @@ use serde_json::{Value, json};
 use super::channel::Channel;
 use super::runstate::{self, RunState};
 use crate::limits::{MIGRATION_LOOK, QEMU_POLL};
-use crate::qmp::{Qmp, QmpError, Version};
+use crate::qmp::{Posted, Qmp, QmpError, Version};
 
 /// Who stops the guest for the switchover; see the module's text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,31 +122,47 @@ pub struct Sent {
 #[derive(Debug)]
 pub struct Outgoing {
     paused_by: PausedBy,
+    /// `migrate`, until its answer is heard.
+    begun: Option<Posted>,
 }
 
 impl Outgoing {
-    /// Begins; QEMU writes into the channel from now on. With [`PausedBy::Agent`] the guest must
-    /// have been stopped, or QEMU stops it by itself and stores it as running.
-    pub fn begin(qmp: &Qmp, paused_by: PausedBy) -> Result<(Self, Channel), DeviceStateError> {
+    /// Gives QEMU its end of a channel, which nothing uses yet. Can be done while the guest runs.
+    pub fn prepare(qmp: &Qmp, paused_by: PausedBy) -> Result<(Self, Channel), DeviceStateError> {
         let (channel, qemus) =
             Channel::pair().map_err(|source| DeviceStateError::Channel { source })?;
+        qmp.execute_with_fd("getfd", json!({ "fdname": FD }), qemus.as_fd())?;
+        Ok((Self { paused_by, begun: None }, channel))
+    }
+
+    /// Begins: QEMU writes into the channel from now on, as much as fits until somebody reads. Does
+    /// not wait for QEMU's answer, which takes most of a millisecond. With [`PausedBy::Agent`] the
+    /// guest must have been stopped, or QEMU stops it by itself and stores it as running.
+    pub fn begin(&mut self, qmp: &Qmp) -> Result<(), DeviceStateError> {
         qmp.forget_events("MIGRATION")?;
         qmp.forget_events("STOP")?;
-        qmp.execute_with_fd("getfd", json!({ "fdname": FD }), qemus.as_fd())?;
-        // Ours must go: while it is open QEMU's closing of its own would not be seen.
-        drop(qemus);
-        if let Err(error) = qmp.execute("migrate", json!({ "uri": format!("fd:{FD}") })) {
-            let _ = qmp.execute("closefd", json!({ "fdname": FD }));
-            return Err(error.into());
+        self.begun = Some(qmp.post("migrate", json!({ "uri": format!("fd:{FD}") }))?);
+        Ok(())
+    }
+
+    /// QEMU's answer to `migrate`, if it was not heard yet.
+    fn hear(&mut self, qmp: &Qmp, deadline: Instant) -> Result<(), DeviceStateError> {
+        if let Some(begun) = self.begun.take() {
+            qmp.answer(begun, deadline)?;
         }
-        Ok((Self { paused_by }, channel))
+        Ok(())
     }
 
     /// Waits until QEMU has stopped the guest and everything but the device state is sent; returns
     /// when the virtual CPUs stopped, by QEMU's clock since the Unix epoch. From then on nothing
     /// writes into guest memory, and QEMU waits for [`Outgoing::resume`]. For [`PausedBy::Qemu`].
-    pub fn wait_paused(&self, qmp: &Qmp, deadline: Instant) -> Result<Duration, DeviceStateError> {
+    pub fn wait_paused(
+        &mut self,
+        qmp: &Qmp,
+        deadline: Instant,
+    ) -> Result<Duration, DeviceStateError> {
         debug_assert_eq!(self.paused_by, PausedBy::Qemu);
+        self.hear(qmp, deadline)?;
         wait_status(qmp, deadline, |status| status == PRE_SWITCHOVER)?;
         // Sent before the other.
         let stopped = qmp.wait_event("STOP", Instant::now())?;
@@ -160,7 +177,12 @@ impl Outgoing {
     }
 
     /// Waits until QEMU has sent everything and heard the target's last word.
-    pub fn wait_completed(&self, qmp: &Qmp, deadline: Instant) -> Result<Sent, DeviceStateError> {
+    pub fn wait_completed(
+        &mut self,
+        qmp: &Qmp,
+        deadline: Instant,
+    ) -> Result<Sent, DeviceStateError> {
+        self.hear(qmp, deadline)?;
         wait_status(qmp, deadline, |status| status == "completed")?;
         let info = qmp.execute("query-migrate", json!({}))?;
         let ms = |name: &str| Duration::from_millis(info[name].as_u64().unwrap_or(0));
@@ -174,7 +196,14 @@ impl Outgoing {
     /// Ends the migration, whatever has become of it, and waits until it has ended. The channel
     /// must be closed first. Then the guest is where QEMU left it:
     /// [`runstate::settle_and_cont`] lets it run.
-    pub fn cancel(&self, qmp: &Qmp, deadline: Instant) -> Result<(), DeviceStateError> {
+    pub fn cancel(mut self, qmp: &Qmp, deadline: Instant) -> Result<(), DeviceStateError> {
+        if let Err(DeviceStateError::Qmp(QmpError::Refused { desc, .. })) = self.hear(qmp, deadline)
+        {
+            tracing::debug!(%desc, "QEMU's migration was refused");
+        }
+        // Ours still, unless a migration took it; then QEMU says that it knows none.
+        let kept = qmp.execute("closefd", json!({ "fdname": FD }));
+        tracing::trace!(?kept, "closefd");
         qmp.execute("migrate_cancel", json!({}))?;
         loop {
             let info = qmp.execute("query-migrate", json!({}))?;

@@ -2,7 +2,7 @@
 //!
 //! `stop` answers when the virtual CPUs stand still and every block request has finished and was
 //! flushed; before that a disk may still write into guest memory, although the event `STOP` has
-//! been sent. So the answer counts, never the event.
+//! been sent. So of `stop` the answer counts, never the event; of `cont` the event does.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::Execute;
 use crate::limits::{QEMU_POLL, QEMU_SETTLE_TIMEOUT};
-use crate::qmp::QmpError;
+use crate::qmp::{Qmp, QmpError};
 
 /// QEMU's run state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,34 +32,53 @@ impl RunState {
     }
 }
 
-/// Pauses the guest and returns how long QEMU took. When it returns nothing writes into guest
-/// memory any more. In a QEMU that waits for a migration it only withholds the start that would
-/// otherwise follow the load.
-pub fn stop(qemu: &dyn Execute) -> Result<Duration, QmpError> {
-    let began = Instant::now();
-    qemu.execute("stop", json!({}))?;
-    Ok(began.elapsed())
+/// A change of the run state that QEMU has made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Changed {
+    /// When the virtual CPUs stopped or started, by this host's clock since the Unix epoch; `None`
+    /// if they did not change.
+    pub at: Option<Duration>,
+    /// Time it took, as seen from here.
+    pub took: Duration,
 }
 
-/// Lets the guest run and returns how long QEMU took. QEMU refuses while a migration is being
-/// wound up: see [`settle_and_cont`].
-pub fn cont(qemu: &dyn Execute) -> Result<Duration, QmpError> {
+/// Pauses the guest. When it returns nothing writes into guest memory any more. In a QEMU that
+/// waits for a migration it only withholds the start that would otherwise follow the load.
+pub fn stop(qmp: &Qmp) -> Result<Changed, QmpError> {
+    qmp.forget_events("STOP")?;
     let began = Instant::now();
-    qemu.execute("cont", json!({}))?;
-    Ok(began.elapsed())
+    qmp.execute("stop", json!({}))?;
+    let took = began.elapsed();
+    // Events are sent before the answer to the command that caused them.
+    let at = match qmp.wait_event("STOP", began) {
+        Ok(event) => Some(event.at),
+        Err(QmpError::Timeout { .. }) => None,
+        Err(error) => return Err(error),
+    };
+    Ok(Changed { at, took })
+}
+
+/// Lets the guest run, and returns as soon as it does: from then on its CPUs compete with QEMU's
+/// answer, which was seen to come 20 ms later. QEMU refuses while a migration is being wound up:
+/// see [`settle_and_cont`].
+pub fn cont(qmp: &Qmp) -> Result<Changed, QmpError> {
+    let began = Instant::now();
+    // Sent when nothing is left that could keep the CPUs from starting.
+    let event = qmp.execute_until_event("cont", json!({}), "RESUME")?;
+    Ok(Changed { at: event.map(|event| event.at), took: began.elapsed() })
 }
 
 /// Lets the guest run again after a failed or cancelled migration, waiting for QEMU to wind that
 /// up first. Does nothing if QEMU has started the guest by itself, as it does when it was QEMU
 /// that had paused it.
-pub fn settle_and_cont(qemu: &dyn Execute) -> Result<Duration, QmpError> {
+pub fn settle_and_cont(qmp: &Qmp) -> Result<Duration, QmpError> {
     let began = Instant::now();
     loop {
-        let state = RunState::query(qemu)?;
+        let state = RunState::query(qmp)?;
         if state.running {
             return Ok(began.elapsed());
         }
-        match cont(qemu) {
+        match cont(qmp) {
             Ok(_) => return Ok(began.elapsed()),
             // "Migration is not finalized yet": its thread is still on its way out.
             Err(QmpError::Refused { .. })

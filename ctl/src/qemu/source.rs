@@ -17,7 +17,7 @@ use pageferry_datapath::tracker::{DirtyTracker, ScanPhases, TrackerKind, UffdTra
 
 use super::capabilities::Settings;
 use super::checks::{self, QemuFacts, Side};
-use super::device_state::{Outgoing, PausedBy};
+use super::device_state::{DeviceStateError, Outgoing, PausedBy};
 use super::runstate;
 use super::stream::QemuStream;
 use crate::agent::failure;
@@ -113,14 +113,23 @@ impl SourceMonitor for QemuSource {
         let settings = Settings::apply(&self.qmp, Side::Source, PausedBy::Agent)
             .map_err(|error| failure::host("QEMU's migration settings", &error, None))?;
         self.settings = Some(settings);
+        let (outgoing, channel) =
+            Outgoing::prepare(&self.qmp, PausedBy::Agent).map_err(|error| state_failure(&error))?;
+        self.outgoing = Some(outgoing);
+        self.stream = Some(Arc::new(QemuStream::new(channel)));
         Ok(())
     }
 
+    /// When the switchover has been prepared, QEMU saves its device state from here on, into the
+    /// channel, beside the last scan and the last round. (Saving it reads guest memory and writes
+    /// none; `--verify` would show if a device did.)
     fn pause(&mut self) -> Result<(), Failure> {
         self.paused = true;
-        match runstate::stop(&self.qmp) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(failure::host("pausing the guest", &error, None)),
+        runstate::stop(&self.qmp)
+            .map_err(|error| failure::host("pausing the guest", &error, None))?;
+        match &mut self.outgoing {
+            Some(outgoing) => outgoing.begin(&self.qmp).map_err(|error| state_failure(&error)),
+            None => Ok(()),
         }
     }
 
@@ -135,23 +144,16 @@ impl SourceMonitor for QemuSource {
     }
 
     fn save_state(&mut self) -> Result<Arc<dyn StateStream>, Failure> {
-        let (outgoing, channel) = Outgoing::begin(&self.qmp, PausedBy::Agent).map_err(|error| {
-            failure::host("device state", &error, error.hint().map(String::from))
-        })?;
-        self.outgoing = Some(outgoing);
-        let stream = Arc::new(QemuStream::new(channel));
-        self.stream = Some(Arc::clone(&stream));
-        Ok(stream)
+        let stream = self.stream.as_ref().expect("the switchover was prepared");
+        Ok(Arc::<QemuStream>::clone(stream))
     }
 
     fn state_saved(&mut self) -> Result<(), Failure> {
-        let outgoing = self.outgoing.as_ref().expect("the state is being saved");
-        match outgoing.wait_completed(&self.qmp, Instant::now() + STATE_TIMEOUT) {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                Err(failure::host("device state", &error, error.hint().map(String::from)))
-            }
-        }
+        let outgoing = self.outgoing.as_mut().expect("the switchover was prepared");
+        outgoing
+            .wait_completed(&self.qmp, Instant::now() + STATE_TIMEOUT)
+            .map(|_| ())
+            .map_err(|error| state_failure(&error))
     }
 
     fn release(&mut self) {
@@ -215,6 +217,10 @@ pub(super) fn check_failure(error: &checks::CheckError) -> Failure {
     let hints = error.hints();
     let hint = (!hints.is_empty()).then(|| hints.join("; "));
     Failure { reason: AbortReason::Refused, ..failure::host("QEMU", error, hint) }
+}
+
+fn state_failure(error: &DeviceStateError) -> Failure {
+    failure::host("device state", error, error.hint().map(String::from))
 }
 
 fn attach_failure(error: &attach::AttachError) -> Failure {

@@ -26,7 +26,7 @@ pub(super) enum Message {
     /// `{"QMP": …}`, once.
     Greeting(Value),
     /// The answer to a command.
-    Reply { id: Option<u64>, result: Result<Value, (String, String)> },
+    Reply { id: Option<u64>, result: Answer },
     /// Something that happened.
     Event(Event),
 }
@@ -40,7 +40,12 @@ pub(super) struct Connection {
     searched: usize,
     events: VecDeque<Event>,
     last_id: u64,
+    /// Commands whose answers will be asked for, with those that have come.
+    kept: Vec<(u64, Option<Answer>)>,
 }
+
+/// What QEMU answered: a value, or its error's class and words.
+type Answer = Result<Value, (String, String)>;
 
 impl Connection {
     pub(super) fn open(path: &Path, deadline: Instant) -> Result<Self, QmpError> {
@@ -72,6 +77,7 @@ impl Connection {
             searched: 0,
             events: VecDeque::new(),
             last_id: 0,
+            kept: Vec::new(),
         })
     }
 
@@ -82,6 +88,19 @@ impl Connection {
         fd: Option<BorrowedFd<'_>>,
         deadline: Instant,
     ) -> Result<Value, QmpError> {
+        let id = self.post(command, args, fd, deadline, false)?;
+        self.answer(command, id, deadline)
+    }
+
+    /// Sends a command and returns its id. Its answer is kept until it is asked for, if `keep`.
+    pub(super) fn post(
+        &mut self,
+        command: &str,
+        args: &Value,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+        keep: bool,
+    ) -> Result<u64, QmpError> {
         self.last_id += 1;
         let id = self.last_id;
         let mut line = json!({ "execute": command, "id": id });
@@ -91,25 +110,78 @@ impl Connection {
         let mut line = line.to_string();
         line.push('\n');
         tracing::trace!(%command, %args, "qmp: execute");
-        let began = Instant::now();
-        let doing = || format!("running {command}");
+        let doing = || format!("sending {command}");
         self.send(line.as_bytes(), fd, deadline).map_err(|error| error.while_doing(doing))?;
+        if keep {
+            self.kept.push((id, None));
+        }
+        Ok(id)
+    }
+
+    /// Waits for the answer to `command`, sent as `id`.
+    pub(super) fn answer(
+        &mut self,
+        command: &str,
+        id: u64,
+        deadline: Instant,
+    ) -> Result<Value, QmpError> {
+        let began = Instant::now();
+        let kept = self.kept.iter().position(|(kept, _)| *kept == id);
+        let mut answer = kept.and_then(|index| self.kept.swap_remove(index).1);
         loop {
+            if let Some(answer) = answer {
+                tracing::trace!(%command, us = began.elapsed().as_micros(), "qmp: answered");
+                return answer.map_err(|(class, desc)| QmpError::Refused {
+                    command: command.into(),
+                    class,
+                    desc,
+                });
+            }
+            let doing = || format!("running {command}");
             match self.read(deadline).map_err(|error| error.while_doing(doing))? {
                 Message::Event(event) => self.queue(event),
                 // An answer without id is to a line that QEMU could not parse: ours.
                 Message::Reply { id: answered, result } if answered.is_none_or(|it| it == id) => {
-                    tracing::trace!(%command, us = began.elapsed().as_micros(), "qmp: answered");
-                    return result.map_err(|(class, desc)| QmpError::Refused {
-                        command: command.into(),
-                        class,
-                        desc,
-                    });
+                    answer = Some(result);
                 }
-                // The late answer to a command that timed out: nobody waits for it.
-                Message::Reply { .. } => {}
+                Message::Reply { id, result } => self.keep(id, result),
                 Message::Greeting(_) => return Err(QmpError::Malformed { source: None }),
             }
+        }
+    }
+
+    pub(super) fn execute_until_event(
+        &mut self,
+        command: &str,
+        args: &Value,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<Option<Event>, QmpError> {
+        self.forget_events(name)?;
+        let id = self.post(command, args, None, deadline, true)?;
+        loop {
+            // The event comes first, if one comes.
+            if let Some(index) = self.events.iter().position(|event| event.name == name) {
+                self.kept.retain(|(kept, _)| *kept != id);
+                return Ok(self.events.remove(index));
+            }
+            if self.kept.iter().any(|(kept, answer)| *kept == id && answer.is_some()) {
+                return self.answer(command, id, deadline).map(|_| None);
+            }
+            let doing = || format!("running {command}");
+            match self.read(deadline).map_err(|error| error.while_doing(doing))? {
+                Message::Event(event) => self.queue(event),
+                Message::Reply { id, result } => self.keep(id, result),
+                Message::Greeting(_) => return Err(QmpError::Malformed { source: None }),
+            }
+        }
+    }
+
+    /// Keeps an answer that somebody will ask for. Others are late ones, to commands that timed
+    /// out: nobody waits for them.
+    fn keep(&mut self, id: Option<u64>, result: Answer) {
+        if let Some(place) = self.kept.iter_mut().find(|(kept, _)| Some(*kept) == id) {
+            place.1 = Some(result);
         }
     }
 
@@ -130,7 +202,7 @@ impl Connection {
             match self.read(deadline).map_err(|error| error.while_doing(doing))? {
                 Message::Event(event) if matches(&event) => return Ok(event),
                 Message::Event(event) => self.queue(event),
-                Message::Reply { .. } => {}
+                Message::Reply { id, result } => self.keep(id, result),
                 Message::Greeting(_) => return Err(QmpError::Malformed { source: None }),
             }
         }
@@ -153,7 +225,8 @@ impl Connection {
         loop {
             match self.read(now) {
                 Ok(Message::Event(event)) => self.queue(event),
-                Ok(_) => {}
+                Ok(Message::Reply { id, result }) => self.keep(id, result),
+                Ok(Message::Greeting(_)) => {}
                 Err(QmpError::Timeout { .. }) => return Ok(()),
                 Err(error) => return Err(error.while_doing(|| "looking for events".into())),
             }

@@ -159,3 +159,40 @@ fn endless_line_is_bounded() {
     drop(qmp);
     thread.join().expect("monitor");
 }
+
+#[test]
+fn event_ends_the_wait_before_the_answer_and_the_answer_is_not_mistaken() {
+    let (_dir, path, thread) = monitor(|lines, stream| {
+        let cont = next(lines);
+        let event = r#"{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "RESUME"}"#;
+        writeln!(stream, "{event}").expect("event");
+        let status = next(lines);
+        writeln!(stream, "{}", json!({"return": {}, "id": cont["id"]})).expect("late answer");
+        writeln!(stream, "{}", json!({"return": "status", "id": status["id"]})).expect("answer");
+        let again = next(lines);
+        let error = json!({"class": "GenericError", "desc": "not finalized yet"});
+        writeln!(stream, "{}", json!({"error": error, "id": again["id"]})).expect("answer");
+    });
+    let qmp = Qmp::connect(&path).expect("connect");
+    let event = qmp.execute_until_event("cont", json!({}), "RESUME").expect("event");
+    assert_eq!(event.expect("it came").at, Duration::from_secs(1));
+    assert_eq!(qmp.execute("query-status", json!({})).expect("execute"), "status");
+    let error = qmp.execute_until_event("cont", json!({}), "RESUME").expect_err("refused");
+    assert!(matches!(error, QmpError::Refused { .. }), "{error:?}");
+    thread.join().expect("monitor");
+}
+
+#[test]
+fn posted_command_is_answered_whenever_it_is_asked() {
+    let (_dir, path, thread) = monitor(|lines, stream| {
+        let migrate = next(lines);
+        let status = next(lines);
+        writeln!(stream, "{}", json!({"return": "begun", "id": migrate["id"]})).expect("answer");
+        writeln!(stream, "{}", json!({"return": "status", "id": status["id"]})).expect("answer");
+    });
+    let qmp = Qmp::connect(&path).expect("connect");
+    let posted = qmp.post("migrate", json!({})).expect("post");
+    assert_eq!(qmp.execute("query-status", json!({})).expect("execute"), "status");
+    assert_eq!(qmp.answer(posted, soon()).expect("answer"), "begun");
+    thread.join().expect("monitor");
+}
