@@ -1,10 +1,10 @@
 //! The ceiling beside our lanes: what bare `send` and `recv` reach on the same memory.
 //!
 //! No headers, no barriers, no checks: threads that push each connection's share of guest memory
-//! through a loopback socket in chunks. For benchmarks; no lane uses it.
+//! through a socket in chunks. For benchmarks; no lane uses it.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,8 +48,7 @@ pub enum CeilingError {
 }
 
 impl Ceiling {
-    /// Moves the first region of `from` into that of `to` once; the time from the first byte until
-    /// the last one is placed. Connections and threads are made before.
+    /// As [`Ceiling::run_over`], over loopback.
     pub fn run(&self, from: &GuestMemory, to: &GuestMemory) -> Result<Duration, CeilingError> {
         let host = |call| move |source| CeilingError::Host { call, source };
         let listener = TcpListener::bind("127.0.0.1:0").map_err(host("bind"))?;
@@ -62,6 +61,20 @@ impl Ceiling {
             socket::tune(&target, self.tuning).map_err(host("setsockopt"))?;
             pairs.push((source, target));
         }
+        self.run_over(&pairs, from, to)
+    }
+
+    /// Moves the first region of `from` into that of `to` once, over connections (source's socket,
+    /// target's socket) that were made and tuned before, as many as `cpus` has entries; the time
+    /// from the first byte until the last one is placed. Threads are started before the clock.
+    pub fn run_over(
+        &self,
+        pairs: &[(TcpStream, TcpStream)],
+        from: &GuestMemory,
+        to: &GuestMemory,
+    ) -> Result<Duration, CeilingError> {
+        assert_eq!(pairs.len(), self.cpus.len(), "each connection has its cores");
+        let host = |call| move |source| CeilingError::Host { call, source };
         let (go, gate) = crossbeam_channel::bounded::<()>(0);
         thread::scope(|scope| {
             let mut threads = Vec::new();
