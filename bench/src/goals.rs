@@ -1,0 +1,174 @@
+//! What is to be reached, what was, and the ratios in between.
+
+use serde::Serialize;
+
+use crate::contender::{Contender, Metric, Record};
+use crate::rig::Mover;
+use crate::table::{Table, cell};
+
+/// A ratio of two medians; with a bound where one was set.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Ratio {
+    /// Of what to what.
+    pub(crate) what: String,
+    /// The contender that it is compared with.
+    pub(crate) against: String,
+    /// The ratio; null if one of the two has no run.
+    pub(crate) ratio: Option<f64>,
+    /// The bound.
+    pub(crate) goal: Option<Goal>,
+}
+
+/// A bound on a ratio.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Goal {
+    /// No less.
+    AtLeast(f64),
+    /// No more.
+    AtMost(f64),
+}
+
+impl Ratio {
+    /// A ratio of two medians.
+    pub(crate) fn new(
+        what: impl Into<String>,
+        against: impl Into<String>,
+        ours: Option<f64>,
+        theirs: Option<f64>,
+        goal: Option<Goal>,
+    ) -> Self {
+        let ratio = ours.zip(theirs).map(|(ours, theirs)| ours / theirs);
+        Self { what: what.into(), against: against.into(), ratio, goal }
+    }
+
+    /// Whether the bound is kept; `None` without a bound or without a ratio.
+    pub(crate) fn reached(&self) -> Option<bool> {
+        Some(match self.goal? {
+            Goal::AtLeast(least) => self.ratio? >= least,
+            Goal::AtMost(most) => self.ratio? <= most,
+        })
+    }
+}
+
+/// For people.
+pub(crate) fn text(ratios: &[Ratio]) -> String {
+    let mut table = Table::new(&["ratio", "ours/theirs", "goal", "reached", "against"]);
+    for ratio in ratios {
+        let goal = match ratio.goal {
+            None => String::new(),
+            Some(Goal::AtLeast(least)) => format!(">= {least}"),
+            Some(Goal::AtMost(most)) => format!("<= {most}"),
+        };
+        let reached = ratio.reached().map_or("", |reached| if reached { "yes" } else { "NO" });
+        table.row(vec![
+            ratio.what.clone(),
+            cell(ratio.ratio, 3),
+            goal,
+            reached.into(),
+            ratio.against.clone(),
+        ]);
+    }
+    table.text()
+}
+
+/// What `migrate-vs-qemu` is about.
+pub(crate) fn ratios(records: &[Record], warm: bool) -> Vec<Ratio> {
+    let ours = find(records, |c| *c == Contender::Mover(Mover::Pageferry));
+    let ours = |metric| ours.and_then(|record| record.median(metric));
+    let fastest = best(records, |c| c.qemu().is_some(), Metric::Span);
+    let iperf = best(records, |c| matches!(c, Contender::Iperf(_)), Metric::Moving);
+    let ceiling = best(records, |c| matches!(c, Contender::Ceiling(_)), Metric::Moving);
+    let ratio = |what: &str, metric, record: Option<&Record>, goal| {
+        let name = record.map_or("no run".into(), |record| record.contender.name());
+        let theirs = record.and_then(|record| record.median(metric));
+        Ratio::new(what, name, ours(metric), theirs, goal)
+    };
+    let goal = |bound| warm.then_some(bound);
+    let times = if warm { 1.6 } else { 2.0 };
+    let mut all = vec![
+        ratio(
+            "throughput, first page to running at the target, QEMU's best",
+            Metric::Span,
+            fastest,
+            Some(Goal::AtLeast(times)),
+        ),
+        ratio("throughput, from the command on", Metric::Wall, fastest, None),
+        ratio("throughput while memory moves", Metric::Moving, fastest, None),
+        ratio("CPU per GiB", Metric::Cpu, fastest, goal(Goal::AtMost(0.6))),
+        ratio("CPU per GiB, QEMU's leanest", Metric::Cpu, leanest(records), None),
+        ratio("throughput, iperf3's best", Metric::Moving, iperf, goal(Goal::AtLeast(1.0))),
+        ratio("throughput, the ceiling", Metric::Moving, ceiling, goal(Goal::AtLeast(0.97))),
+        ratio("CPU per GiB, the ceiling", Metric::Cpu, ceiling, None),
+    ];
+    for (what, limit, bound) in [
+        ("pause, QEMU's least at its default limit", None, 0.1),
+        ("pause, QEMU's least at a limit of 20 ms", Some(20), 0.5),
+    ] {
+        let with_limit = |c: &Contender| c.qemu().is_some_and(|way| way.downtime_ms == limit);
+        let shortest = least(records, with_limit, Metric::Pause);
+        if shortest.is_some() {
+            all.push(ratio(what, Metric::Pause, shortest, goal(Goal::AtMost(bound))));
+            let fastest = best(records, with_limit, Metric::Span);
+            all.push(ratio("pause, QEMU's fastest way there", Metric::Pause, fastest, None));
+        }
+    }
+    all
+}
+
+/// The ceiling's throughput.
+pub(crate) fn ceiling_gib_per_s(records: &[Record]) -> Option<f64> {
+    best(records, |c| matches!(c, Contender::Ceiling(_)), Metric::Moving)?.median(Metric::Moving)
+}
+
+fn leanest(records: &[Record]) -> Option<&Record> {
+    least(records, |c| c.qemu().is_some(), Metric::Cpu)
+}
+
+fn find(records: &[Record], wanted: impl Fn(&Contender) -> bool) -> Option<&Record> {
+    records.iter().find(|record| wanted(&record.contender))
+}
+
+/// The one with the highest median.
+fn best(
+    records: &[Record],
+    wanted: impl Fn(&Contender) -> bool,
+    metric: Metric,
+) -> Option<&Record> {
+    with_median(records, wanted, metric).max_by(|a, b| a.1.total_cmp(&b.1)).map(|(r, _)| r)
+}
+
+/// The one with the lowest median.
+fn least(
+    records: &[Record],
+    wanted: impl Fn(&Contender) -> bool,
+    metric: Metric,
+) -> Option<&Record> {
+    with_median(records, wanted, metric).min_by(|a, b| a.1.total_cmp(&b.1)).map(|(r, _)| r)
+}
+
+fn with_median(
+    records: &[Record],
+    wanted: impl Fn(&Contender) -> bool,
+    metric: Metric,
+) -> impl Iterator<Item = (&Record, f64)> {
+    records
+        .iter()
+        .filter(move |record| wanted(&record.contender))
+        .filter_map(move |record| Some((record, record.median(metric)?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_are_kept_or_not() {
+        let ratio = |ours, goal| Ratio::new("x", "y", Some(ours), Some(2.0), Some(goal)).reached();
+        assert_eq!(ratio(3.2, Goal::AtLeast(1.6)), Some(true));
+        assert_eq!(ratio(3.1, Goal::AtLeast(1.6)), Some(false));
+        assert_eq!(ratio(1.2, Goal::AtMost(0.6)), Some(true));
+        assert_eq!(ratio(1.3, Goal::AtMost(0.6)), Some(false));
+        assert_eq!(Ratio::new("x", "y", None, Some(2.0), Some(Goal::AtMost(1.0))).reached(), None);
+    }
+}

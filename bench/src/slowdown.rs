@@ -1,0 +1,234 @@
+//! `slowdown`: what a guest that writes all the time loses while it is moved.
+
+use std::time::{Duration, Instant};
+
+use pageferry_ctl::lab::GuestParams;
+use pageferry_ctl::lab::console::pages_per_second;
+use serde::Serialize;
+use serde_json::json;
+
+use crate::args::{MemoryKind, SlowdownArgs};
+use crate::error::BenchError;
+use crate::goals::{self, Goal, Ratio};
+use crate::host::Host;
+use crate::interrupt;
+use crate::output;
+use crate::pause::instant_of;
+use crate::qemu::QemuWay;
+use crate::report::Report;
+use crate::rig::{GuestShape, Hop, Mover, Rig};
+use crate::stats::Stats;
+use crate::table::{Table, cell};
+
+const NAME: &str = "slowdown";
+/// Kernel, initramfs and program.
+const GUEST_OWN_MIB: u64 = 256;
+/// The guest says this often how far it is: brown-outs are a second or less.
+const TICK_MS: u32 = 20;
+/// The guest's speed before the move is taken over this long, with nothing else going on.
+const BEFORE: Duration = Duration::from_secs(2);
+/// QEMU's ways that are compared.
+const CHANNELS: [Option<u8>; 2] = [None, Some(2)];
+
+/// One move of a writing guest.
+#[derive(Clone, Debug, Serialize)]
+struct Sample {
+    turn: u32,
+    before_pages_per_s: f64,
+    during_pages_per_s: f64,
+    /// Speed lost, in percent of the speed before.
+    lost_percent: f64,
+    brownout_ms: f64,
+    pause_ms: f64,
+}
+
+/// All moves by one mover over one link.
+struct Row {
+    mover: Mover,
+    link_mbit: u64,
+    samples: Vec<Sample>,
+    failures: Vec<String>,
+}
+
+/// Runs the subcommand.
+pub(crate) fn run(args: &SlowdownArgs) -> Result<(), BenchError> {
+    // A guest that writes faster than the lanes move is moved at last, so that each brown-out has
+    // an end; before the end nothing is different.
+    let mut common = args.common.clone();
+    common.migrate_args.push_str(" --not-converging switch-over");
+    let fill_mib = args.mib.unwrap_or(if common.quick { 512 } else { 2048 }).max(args.hot_mib);
+    let mut rig = Rig::new(&common, shape(args, fill_mib))?;
+    let host = Host::of(&rig)?;
+    output::preamble(NAME, &host);
+    output::progress("starting the guest and filling its memory");
+    rig.guest()?;
+    let mut speeds = args.link_mbit.clone();
+    // A link that was shaped is not set free again.
+    speeds.sort_unstable_by_key(|&mbit| if mbit == 0 { 0 } else { u64::MAX - mbit });
+    let mut rows = Vec::new();
+    for link_mbit in speeds {
+        rig.net().shape(link_mbit)?;
+        rows.extend(measure(&mut rig, common.turns(), link_mbit)?);
+    }
+    print(&rows);
+    let ratios: Vec<Ratio> =
+        rows.iter().filter(|r| r.mover == Mover::Pageferry).map(goal).collect();
+    println!("{}", goals::text(&ratios));
+    let setup = json!({
+        "fill_mib": fill_mib, "hot_mib": args.hot_mib, "smp": args.smp,
+        "write_rate": args.write_rate, "turns": common.turns(),
+    });
+    let mut report = Report::new(NAME, &host, setup);
+    report.add("rows", rows.iter().map(json_of).collect());
+    report.add("ratios", json!(ratios));
+    report.write(common.json.as_deref())
+}
+
+fn shape(args: &SlowdownArgs, fill_mib: u64) -> GuestShape {
+    GuestShape {
+        memory_mib: fill_mib + GUEST_OWN_MIB,
+        params: GuestParams {
+            fill_mib,
+            // What is not rewritten would be verified over and over, at the writers' cost.
+            hot_mib: args.hot_mib,
+            writers: args.smp,
+            pages_per_second: args.write_rate,
+            tick_ms: TICK_MS,
+            ..GuestParams::default()
+        },
+        smp: args.smp,
+        memory: args.common.memory.or(Some(MemoryKind::Tmpfs)),
+        prealloc: true,
+        kernel_words: String::new(),
+        fresh_after: Duration::ZERO,
+        settle: BEFORE + Duration::from_millis(500),
+    }
+}
+
+fn measure(rig: &mut Rig, turns: u32, link_mbit: u64) -> Result<Vec<Row>, BenchError> {
+    let qemu = CHANNELS.map(|channels| Mover::Qemu(QemuWay { channels, downtime_ms: None }));
+    let movers = [Mover::Pageferry].into_iter().chain(qemu);
+    let blank = |mover| Row { mover, link_mbit, samples: Vec::new(), failures: Vec::new() };
+    let mut rows: Vec<Row> = movers.map(blank).collect();
+    for turn in 0..turns {
+        for row in &mut rows {
+            interrupt::check()?;
+            rig.guest()?;
+            match rig.hop(row.mover, true) {
+                Ok(hop) => {
+                    let Some(sample) = sample(turn, &hop) else {
+                        row.failures.push("too few ticks of the guest".into());
+                        continue;
+                    };
+                    output::progress(&format!(
+                        "turn {turn}: {}: {:.0} pages/s before, {:.0} during {:.0} ms: {:.1} % lost",
+                        row.mover.name(),
+                        sample.before_pages_per_s,
+                        sample.during_pages_per_s,
+                        sample.brownout_ms,
+                        sample.lost_percent
+                    ));
+                    row.samples.push(sample);
+                }
+                Err(error) => {
+                    output::progress(&format!("turn {turn}: {}", error.chain()));
+                    row.failures.push(error.chain());
+                }
+            }
+        }
+        rig.verify()?;
+    }
+    Ok(rows)
+}
+
+fn sample(turn: u32, hop: &Hop) -> Option<Sample> {
+    let moved = &hop.moved;
+    let at = |time: Duration| instant_of(time);
+    let back =
+        |seconds: f64| moved.pause.resume.checked_sub(Duration::try_from_secs_f64(seconds).ok()?);
+    let (started, first, stop) =
+        (at(back(moved.wall_s)?)?, at(back(moved.span_s)?)?, at(moved.pause.stop)?);
+    let rate = |from: Instant, to: Instant| pages_per_second(&hop.ticks, from, to);
+    let before = rate(started.checked_sub(BEFORE)?, started)?;
+    let during = rate(first, stop)?;
+    Some(Sample {
+        turn,
+        before_pages_per_s: before,
+        during_pages_per_s: during,
+        lost_percent: (1.0 - during / before) * 100.0,
+        brownout_ms: stop.saturating_duration_since(first).as_secs_f64() * 1e3,
+        pause_ms: moved.pause_ms,
+    })
+}
+
+impl Row {
+    fn stats(&self, of: impl Fn(&Sample) -> f64) -> Option<Stats> {
+        Stats::of(self.samples.iter().map(of))
+    }
+
+    fn name(&self) -> String {
+        match self.link_mbit {
+            0 => self.mover.name(),
+            mbit => format!("{} over {mbit} Mbit/s", self.mover.name()),
+        }
+    }
+}
+
+fn print(rows: &[Row]) {
+    let columns = [
+        "brown-out",
+        "runs",
+        "pages/s before",
+        "during",
+        "lost %",
+        "min",
+        "max",
+        "brown-out ms",
+        "pause ms",
+    ];
+    let mut table = Table::new(&columns);
+    for row in rows {
+        let median = |of: fn(&Sample) -> f64, decimals| {
+            cell(row.stats(of).map(|stats| stats.median), decimals)
+        };
+        let lost = row.stats(|s| s.lost_percent);
+        table.row(vec![
+            row.name(),
+            row.samples.len().to_string(),
+            median(|s| s.before_pages_per_s, 0),
+            median(|s| s.during_pages_per_s, 0),
+            cell(lost.as_ref().map(|stats| stats.median), 1),
+            cell(lost.as_ref().map(|stats| stats.min), 1),
+            cell(lost.as_ref().map(|stats| stats.max), 1),
+            median(|s| s.brownout_ms, 0),
+            median(|s| s.pause_ms, 1),
+        ]);
+    }
+    println!("{}", table.text());
+    for row in rows {
+        for failure in &row.failures {
+            println!("FAILED {}: {failure}", row.name());
+        }
+    }
+}
+
+fn goal(row: &Row) -> Ratio {
+    let during = row.stats(|s| s.during_pages_per_s).map(|stats| stats.median);
+    let before = row.stats(|s| s.before_pages_per_s).map(|stats| stats.median);
+    let what = "pages/s during the brown-out";
+    Ratio::new(what, format!("{}, before", row.name()), during, before, Some(Goal::AtLeast(0.9)))
+}
+
+fn json_of(row: &Row) -> serde_json::Value {
+    json!({
+        "name": row.name(),
+        "link_mbit": row.link_mbit,
+        "before_pages_per_s": row.stats(|s| s.before_pages_per_s),
+        "during_pages_per_s": row.stats(|s| s.during_pages_per_s),
+        "lost_percent": row.stats(|s| s.lost_percent),
+        "brownout_ms": row.stats(|s| s.brownout_ms),
+        "pause_ms": row.stats(|s| s.pause_ms),
+        "runs": row.samples,
+        "failures": row.failures,
+    })
+}
