@@ -72,14 +72,20 @@ fn receive_queue(action: &str) -> Option<u32> {
     receives.iter().any(|suffix| kind.ends_with(suffix)).then_some(queue)
 }
 
-/// Where the interrupt really goes, or where it may go on kernels that don't say.
+/// Where the interrupt really goes, or where it may go: on kernels that don't tell, and while a
+/// move is asked for that only the next interrupt makes.
 fn cpus(root: &Path, irq: u32) -> Vec<usize> {
     let directory = root.join("proc/irq").join(irq.to_string());
-    ["effective_affinity_list", "smp_affinity_list"]
-        .iter()
-        .filter_map(|file| cpulist::parse(&fs::read_to_string(directory.join(file)).ok()?))
-        .find(|cpus| !cpus.is_empty())
-        .unwrap_or_default()
+    let list = |file: &str| {
+        let text = fs::read_to_string(directory.join(file)).unwrap_or_default();
+        cpulist::parse(&text).unwrap_or_default()
+    };
+    let (effective, may) = (list("effective_affinity_list"), list("smp_affinity_list"));
+    let is_pending = !may.is_empty() && !effective.iter().all(|cpu| may.contains(cpu));
+    match effective.is_empty() || is_pending {
+        true => may,
+        false => effective,
+    }
 }
 
 #[cfg(test)]

@@ -79,6 +79,7 @@ fn a_card_is_read_down_to_the_core_of_each_queue() {
     write(root, "proc/irq/121/smp_affinity_list", "0-15\n");
     write(root, "proc/irq/121/effective_affinity_list", "8\n");
     write(root, "proc/irq/122/smp_affinity_list", "9\n");
+    write(root, "proc/irq/122/effective_affinity_list", "8\n");
 
     let nic = Nic::read(root, "eth2", up(), &Fake);
     assert_eq!((nic.is_up, nic.is_virtual), (true, false));
