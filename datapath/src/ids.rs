@@ -46,6 +46,10 @@ impl Serialize for SessionId {
 impl<'de> Deserialize<'de> for SessionId {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        // One form on the wire; `from_str_radix` would take shorter ones, and a sign.
+        if text.len() != 32 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(serde::de::Error::custom("a session is 32 hexadecimal digits"));
+        }
         text.parse().map_err(serde::de::Error::custom)
     }
 }

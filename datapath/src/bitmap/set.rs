@@ -126,6 +126,11 @@ impl DirtySet {
         bytes
     }
 
+    /// The longest that one region of `pages` pages makes the wire form, in bytes.
+    pub fn encoded_max_bytes(pages: u64) -> u64 {
+        wire::encoded_max_bytes(pages) + wire::VARINT_BYTES_MAX as u64
+    }
+
     /// Reads the wire form of a set of the agreed `shape`: `(pages, page_bytes)` per region.
     /// Allocates what that shape needs, whatever the bytes say.
     pub fn decode(

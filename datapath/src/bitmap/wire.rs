@@ -15,7 +15,7 @@ const FORM_RUNS: u8 = 0;
 const FORM_BITS: u8 = 1;
 
 /// Bytes of a 64-bit LEB128 number at most.
-const VARINT_BYTES_MAX: usize = 10;
+pub(super) const VARINT_BYTES_MAX: usize = 10;
 
 /// Bytes that decode to no bitmap of the agreed shape.
 #[derive(Debug, Clone, Copy, thiserror::Error, PartialEq, Eq)]

@@ -188,11 +188,12 @@ impl Prefix {
             found[..seen].copy_from_slice(&bytes[..seen]);
             return Err(FrameError::NotPageferry { found });
         }
-        let Some(prefix) = bytes.first_chunk::<PREFIX_BYTES>() else { return Ok(None) };
-        let [.., version, kind, f0, f1, h0, h1, h2, h3, b0, b1, b2, b3] = *prefix;
-        if version != VERSION {
+        // Nor wait for what another version's layout may never bring.
+        if let Some(&version) = bytes.get(MAGIC.len()).filter(|version| **version != VERSION) {
             return Err(FrameError::UnknownVersion { peer: version, ours: VERSION });
         }
+        let Some(prefix) = bytes.first_chunk::<PREFIX_BYTES>() else { return Ok(None) };
+        let [.., kind, f0, f1, h0, h1, h2, h3, b0, b1, b2, b3] = *prefix;
         let flags = u16::from_le_bytes([f0, f1]);
         if flags != 0 {
             return Err(FrameError::UnknownFlags { flags });

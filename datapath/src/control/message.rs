@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::frame::MalformedWhat;
+use crate::bitmap::DirtySet;
 use crate::ids::{RoundIndex, SessionId};
 use crate::lane::LanePath;
 use crate::limits;
@@ -48,7 +49,8 @@ impl<'de> Deserialize<'de> for Ticket {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let bad = || serde::de::Error::custom("a ticket is 64 hexadecimal digits");
         let hex = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
-        if hex.len() != 64 || !hex.is_ascii() {
+        // `from_str_radix` would take a sign.
+        if hex.len() != 64 || !hex.bytes().all(|digit| digit.is_ascii_hexdigit()) {
             return Err(bad());
         }
         let mut bytes = [0; 32];
@@ -104,6 +106,15 @@ pub struct Offer {
     pub verify: bool,
     /// What the source was told about time.
     pub limits: SourceLimits,
+}
+
+impl Offer {
+    /// Whether a dirty bitmap of all regions fits into one message, whatever is dirty.
+    pub fn bitmap_fits(&self) -> bool {
+        let pages = |region: &RegionOffer| region.bytes / region.page_bytes.max(1);
+        let bytes = self.regions.iter().map(|region| DirtySet::encoded_max_bytes(pages(region)));
+        bytes.fold(0, u64::saturating_add) <= limits::CONTROL_BODY_BYTES_MAX
+    }
 }
 
 /// One region of the offer.
@@ -451,7 +462,11 @@ fn checked_offer(offer: Offer) -> Result<Offer, MalformedWhat> {
         }
     }
     let regions = offer.regions.len();
-    if regions == 0 || regions > limits::REGIONS_MAX || guest_bytes > limits::GUEST_BYTES_MAX {
+    if regions == 0
+        || regions > limits::REGIONS_MAX
+        || guest_bytes > limits::GUEST_BYTES_MAX
+        || !offer.bitmap_fits()
+    {
         return Err(MalformedWhat::Fields);
     }
     Ok(offer)
