@@ -108,6 +108,8 @@ struct Session<'a> {
     digest: Option<DigestJob>,
     state: Option<Arc<dyn StateStream>>,
     records: Option<Records>,
+    /// Device state is loaded: from here on the source may decide to hand over.
+    loaded: bool,
 }
 
 impl<'a> Session<'a> {
@@ -133,6 +135,7 @@ impl<'a> Session<'a> {
             digest: None,
             state: None,
             records: None,
+            loaded: false,
         }
     }
 
@@ -415,6 +418,7 @@ impl<'a> Session<'a> {
         let started = Instant::now();
         self.state().finish().map_err(|error| failure::host("device state", &error, None))?;
         self.monitor.as_mut().expect("inspected before").state_loaded()?;
+        self.loaded = true;
         Ok(Input::Loaded { took: started.elapsed() })
     }
 
@@ -428,12 +432,18 @@ impl<'a> Session<'a> {
         self.digest = None;
         self.fence_lanes();
         self.stop_populating();
+        // Before what was loaded is dropped: should the source have decided to hand over, and not
+        // hear of this, it is the record here that gives the guest back to it.
+        let aborted = self.records.as_mut().map(|records| records.write(Decision::Aborted));
         if let Some(monitor) = &mut self.monitor {
             monitor.unwind();
         }
         self.state = None;
-        if let Some(mut records) = self.records.take() {
-            let _the_source_has_the_word = records.write(Decision::Aborted);
+        if let Some(Err(error)) = aborted {
+            tracing::warn!(%error, "the end of this session is not on record");
+        }
+        // Before it was loaded the source can't have decided.
+        if let Some(records) = self.records.take_if(|_| !self.loaded) {
             records.forget();
         }
     }

@@ -71,6 +71,25 @@ pub enum InputKind {
     Tick,
 }
 
+impl InputKind {
+    /// Every kind.
+    pub const ALL: &'static [Self] = &[
+        Self::Message,
+        Self::Inspected,
+        Self::Cleared,
+        Self::Placed,
+        Self::IncomingPrepared,
+        Self::Digested,
+        Self::Loaded,
+        Self::Resumed,
+        Self::Unwound,
+        Self::Failed,
+        Self::PeerLost,
+        Self::Cancelled,
+        Self::Tick,
+    ];
+}
+
 impl Input {
     /// This input's kind.
     pub fn kind(&self) -> InputKind {
@@ -92,7 +111,8 @@ impl Input {
     }
 }
 
-/// What the agent is to do. Carried out in the order given; each answers with its input.
+/// What the agent is to do. Carried out in the order given; each answers with its input, or with
+/// [`Input::Failed`]; [`Command::Unwind`] never fails.
 #[derive(Debug)]
 pub enum Command {
     /// Send this to the source.
@@ -117,9 +137,12 @@ pub enum Command {
     FeedDeviceState(Vec<u8>),
     /// That was all; wait until the monitor has loaded it. Answer: [`Input::Loaded`].
     EndDeviceState,
-    /// Let the guest run here. Answer: [`Input::Resumed`].
+    /// Let the guest run here. Failing means that it does not and never will.
+    /// Answer: [`Input::Resumed`].
     Resume,
-    /// Leave nothing of the attempt behind. Answer: [`Input::Unwound`].
+    /// Leave nothing of the attempt behind. If device state was loaded, first write down durably
+    /// that it will never run here: the source may have decided to hand over, and ask.
+    /// Answer: [`Input::Unwound`].
     Unwind,
 }
 

@@ -12,6 +12,7 @@
 //! ```
 
 mod input;
+mod receiving;
 mod state;
 pub mod table;
 

@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use super::input::{Command, Input, Outcome};
+use super::receiving::Receiving;
 use super::table;
 use crate::bitmap::DirtySet;
-use crate::control::{
-    Abort, AbortReason, DigestReport, Hello, Message, Offer, RoundStart, Running, Welcome,
-};
-use crate::ids::{RoundIndex, SessionId};
+use crate::control::{Abort, AbortReason, Hello, Message, Offer, Running, Welcome};
+use crate::ids::SessionId;
 use crate::limits;
 use crate::source::Failure;
 
@@ -34,8 +33,23 @@ pub enum Phase {
     Done,
 }
 
+impl Phase {
+    /// Every phase, in order.
+    pub const ALL: &'static [Self] = &[
+        Self::Greeting,
+        Self::Offered,
+        Self::Inspecting,
+        Self::Receiving,
+        Self::Loading,
+        Self::Ready,
+        Self::Resuming,
+        Self::Unwinding,
+        Self::Done,
+    ];
+}
+
 #[derive(Debug)]
-enum State {
+pub(super) enum State {
     Greeting,
     Offered,
     Inspecting { shape: Vec<(u64, u64)> },
@@ -45,33 +59,6 @@ enum State {
     Resuming { load: Duration },
     Unwinding(Failure),
     Done(Outcome),
-}
-
-/// Memory on its way in.
-#[derive(Debug)]
-struct Receiving {
-    /// Pages whose bytes here are older than the guest's: announced by a round not yet closed.
-    stale: DirtySet,
-    /// The round on its way.
-    current: Option<Current>,
-    /// Rounds begun.
-    rounds: u32,
-    /// The newest round of which every lane has placed everything. The lanes are connections of
-    /// their own: they may be ahead of the control connection's word that the round began.
-    placed: Option<RoundIndex>,
-    /// The last round has closed: the guest is paused, and nothing more will be written.
-    complete: bool,
-    /// The monitor waits for its device state.
-    prepared: bool,
-}
-
-#[derive(Debug)]
-struct Current {
-    round: RoundIndex,
-    pages: DirtySet,
-    last: bool,
-    cleared: bool,
-    ended: bool,
 }
 
 impl State {
@@ -99,7 +86,7 @@ pub struct Target {
     entered: Duration,
 }
 
-type Step = Result<State, Failure>;
+pub(super) type Step = Result<State, Failure>;
 
 impl Target {
     /// A target whose control connection was just accepted.
@@ -120,7 +107,7 @@ impl Target {
     /// Pages whose bytes here are older than the guest's, while memory is on its way.
     pub fn stale(&self) -> Option<&DirtySet> {
         match &self.state {
-            State::Receiving(receiving) => Some(&receiving.stale),
+            State::Receiving(receiving) => Some(receiving.stale()),
             _ => None,
         }
     }
@@ -194,6 +181,11 @@ impl Target {
         let phase = state.phase();
         match input {
             Input::PeerLost(_) | Input::Cancelled if phase >= Phase::Resuming => Ok(Input::Tick),
+            // The memory was compared, or loaded from, as the last round left it.
+            Input::Placed(_) if (Phase::Loading..=Phase::Ready).contains(&phase) => {
+                Err(misbehaved("its lanes went on after the last round"))
+            }
+            Input::Placed(_) if phase == Phase::Resuming => Ok(Input::Tick),
             Input::Failed(failure) | Input::PeerLost(failure) => Err(failure),
             Input::Cancelled => Err(Failure {
                 reason: AbortReason::Cancelled,
@@ -202,7 +194,9 @@ impl Target {
                 hint: None,
             }),
             Input::Message(Message::Abort(abort)) if phase <= Phase::Ready => Err(abort.into()),
-            Input::Tick if self.deadline().is_some_and(|deadline| now >= deadline) => {
+            Input::Tick
+                if limits::target_phase_max(phase).is_some_and(|max| now >= self.entered + max) =>
+            {
                 Err(Failure {
                     reason: AbortReason::Timeout,
                     by_peer: false,
@@ -249,86 +243,13 @@ fn inspecting(shape: Vec<(u64, u64)>, input: Input, out: &mut Vec<Command>) -> S
     match input {
         Input::Inspected(choice) => {
             out.push(Command::Send(Message::Choice(choice)));
-            Ok(State::Receiving(Box::new(Receiving {
-                stale: DirtySet::new(shape),
-                current: None,
-                rounds: 0,
-                placed: None,
-                complete: false,
-                prepared: false,
-            })))
+            Ok(State::Receiving(Box::new(Receiving::new(shape))))
         }
         input => stay(State::Inspecting { shape }, input),
     }
 }
 
-impl Receiving {
-    fn take(mut self: Box<Self>, input: Input, out: &mut Vec<Command>) -> Step {
-        match (input, self.current.as_mut()) {
-            (Input::Message(Message::RoundStart(start)), None) if !self.complete => {
-                self.begin(start, out)?;
-            }
-            (Input::Cleared(round), Some(current)) if current.round == round => {
-                current.cleared = true;
-            }
-            (Input::Placed(round), _) => self.placed = Some(round),
-            (Input::Message(Message::RoundEnd(round)), Some(current))
-                if current.round == round && !current.ended =>
-            {
-                current.ended = true;
-            }
-            (Input::Message(Message::Prepare), _) if !self.prepared => {
-                self.prepared = true;
-                out.push(Command::PrepareIncoming);
-            }
-            (Input::IncomingPrepared, _) => out.push(Command::Send(Message::Prepared)),
-            (Input::Message(Message::Verify), None) if self.complete => out.push(Command::Digest),
-            (Input::Digested { digest, took }, _) => {
-                out.push(Command::Send(Message::DigestReport(DigestReport {
-                    took_us: took.as_micros() as u64,
-                    digest: digest.encode(),
-                })));
-            }
-            (Input::Message(Message::DeviceState(bytes)), None)
-                if self.complete && self.prepared =>
-            {
-                assert!(self.stale.is_empty(), "every announced round has closed");
-                return feed(0, bytes, out);
-            }
-            (input, _) => return stay(State::Receiving(self), input),
-        }
-        self.close(out);
-        Ok(State::Receiving(self))
-    }
-
-    fn begin(&mut self, start: RoundStart, out: &mut Vec<Command>) -> Result<(), Failure> {
-        let RoundStart { round, last, bitmap } = start;
-        let shape: Vec<_> = self.stale.shape().collect();
-        let pages = DirtySet::decode(&bitmap, shape)
-            .map_err(|_| misbehaved("the bitmap of a round does not decode"))?;
-        if round.0 != self.rounds {
-            return Err(misbehaved("a round is out of order"));
-        }
-        self.rounds += 1;
-        self.stale.union_with(&pages);
-        out.push(Command::BeginRound { round, pages: pages.clone() });
-        self.current = Some(Current { round, pages, last, cleared: false, ended: false });
-        Ok(())
-    }
-
-    /// Closes the round when the source said that it ended, every lane placed it, and nothing of
-    /// ours is still at work on its pages.
-    fn close(&mut self, out: &mut Vec<Command>) {
-        let placed = self.placed;
-        let done = |c: &mut Current| c.cleared && c.ended && placed == Some(c.round);
-        let Some(current) = self.current.take_if(done) else { return };
-        self.stale.subtract(&current.pages);
-        self.complete = current.last;
-        out.push(Command::Send(Message::RoundClosed(current.round)));
-    }
-}
-
-fn feed(state_bytes: u64, bytes: Vec<u8>, out: &mut Vec<Command>) -> Step {
+pub(super) fn feed(state_bytes: u64, bytes: Vec<u8>, out: &mut Vec<Command>) -> Step {
     let state_bytes = state_bytes + bytes.len() as u64;
     if state_bytes > limits::STATE_BYTES_MAX {
         return Err(misbehaved("its device state has no end"));
@@ -391,7 +312,7 @@ fn unwind(failure: Failure, out: &mut Vec<Command>) -> State {
 }
 
 /// An input that changes nothing here, or must not come here.
-fn stay(state: State, input: Input) -> Step {
+pub(super) fn stay(state: State, input: Input) -> Step {
     match input {
         Input::Tick => Ok(state),
         Input::Message(message) => Err(Failure {
@@ -406,7 +327,7 @@ fn stay(state: State, input: Input) -> Step {
     }
 }
 
-fn misbehaved(what: &str) -> Failure {
+pub(super) fn misbehaved(what: &str) -> Failure {
     Failure {
         reason: AbortReason::PeerMisbehaved,
         by_peer: false,

@@ -2,6 +2,7 @@
 
 use super::input::InputKind as I;
 use super::state::Phase::{self, *};
+use crate::limits;
 
 /// `(from, input, to)`: what moves a migration forward.
 pub const FORWARD: &[(Phase, I, Phase)] = &[
@@ -32,7 +33,7 @@ fn unforced(from: Phase, input: I, to: Phase) -> bool {
         && match input {
             I::Tick => true,
             // The commit has come: the guest runs here, whoever is still listening.
-            I::Cancelled | I::PeerLost => from >= Resuming,
+            I::Cancelled | I::PeerLost | I::Placed | I::Message => from >= Resuming,
             _ => from >= Unwinding,
         }
 }
@@ -42,10 +43,11 @@ fn unforced(from: Phase, input: I, to: Phase) -> bool {
 fn failing(from: Phase, input: I, to: Phase) -> bool {
     match (to, input) {
         (Unwinding, I::Cancelled | I::Message) => from <= Ready,
+        (Unwinding, I::Placed) => (Receiving..=Ready).contains(&from), // A round too many.
         (Unwinding, I::PeerLost) => from < Ready,
-        (Unwinding, I::Failed) => from <= Resuming,
-        (Unwinding, I::Tick) => from < Ready,
         (Done, I::PeerLost) => from == Ready,
+        (Unwinding, I::Failed) => from <= Resuming,
+        (Unwinding, I::Tick) => limits::target_phase_max(from).is_some(),
         _ => false,
     }
 }
