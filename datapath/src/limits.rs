@@ -72,6 +72,10 @@ pub const STATE_CHUNK_BYTES_MAX: usize = 256 << 10;
 /// Device state in all: QEMU sends 0.3 to 1 MiB; video memory and firmware come to tens of MiB.
 pub const STATE_BYTES_MAX: u64 = 4 << 30;
 
+/// How long a source waits for the target to close the last round: every lane has acknowledged it
+/// already, and the guest stands still.
+pub const LAST_CLOSING_MAX: Duration = Duration::from_secs(10);
+
 /// How long a source waits in a phase before it calls the peer dead. Phases whose end depends on
 /// the amount of memory (moving, scanning) are watched by the lanes' own progress instead.
 pub fn source_phase_max(phase: crate::source::Phase) -> Option<Duration> {
@@ -80,7 +84,8 @@ pub fn source_phase_max(phase: crate::source::Phase) -> Option<Duration> {
         Phase::Greeting => Some(Duration::from_secs(10)),
         // The target maps and checks guest memory, and asks its monitor.
         Phase::Offering | Phase::Opening | Phase::Preparing => Some(Duration::from_secs(30)),
-        // Clearing what the target's memory had before takes its time on the first round.
+        // Clearing what the target's memory had before takes its time on the first round; the last
+        // one has `LAST_CLOSING_MAX`.
         Phase::Closing => Some(Duration::from_secs(120)),
         // Inside the pause: a guest that stands still this long is better off at the source.
         Phase::Saving => Some(Duration::from_secs(30)),

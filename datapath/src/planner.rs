@@ -64,8 +64,8 @@ pub struct Measured {
     pub best_left_bytes: Option<u64>,
     /// Scans in a row, this one not counted, that were no better than the best.
     pub stalled_rounds: u32,
-    /// A further round makes less to move inside the pause. Not so after a drain point: everything
-    /// reported since moves again.
+    /// A further round makes less to move inside the pause. Not so after a drain point taken to switch
+    /// over: everything reported since moves again.
     pub shrinking: bool,
     /// The part of the pause that does not depend on what is left: pausing, scan, barrier, device
     /// state, commit, resume.
@@ -90,6 +90,8 @@ const PROGRESS_PERCENT: u64 = 90;
 /// What one write to a protected page costs the guest: the fault, and the scan's share. Measured
 /// at 0.6 to 0.8 µs with a 256 MiB writer; a real MMU's nested fault costs about 1 µs.
 const FAULT_COST: Duration = Duration::from_nanos(1000);
+/// Share of a round, in percent, for which a guest may stand still at the drain point before it.
+const DRAIN_PERCENT_MAX: u32 = 5;
 /// No pause between rounds is longer than this, whatever the tracking costs.
 const SPACING_MAX: Duration = Duration::from_secs(2);
 
@@ -108,9 +110,13 @@ pub fn plan(goals: &Goals, measured: &Measured) -> Plan {
             false => Plan::SwitchOver,
         };
     }
-    let stalled = is_stalled(measured) && measured.stalled_rounds + 1 >= goals.stalled_rounds_max;
+    let stalled = measured.shrinking
+        && is_stalled(measured)
+        && measured.stalled_rounds + 1 >= goals.stalled_rounds_max;
     // What is left is not what makes the pause too long: no round can mend that.
-    if rounds_left && !stalled && !fixed_part_is_too_long(measured) {
+    // Only: one measurement may be a hiccup.
+    let hopeless = measured.rounds > 1 && fixed_part_is_too_long(measured);
+    if rounds_left && !stalled && !hopeless {
         return Plan::AnotherRound;
     }
     match goals.stalled {
@@ -122,6 +128,12 @@ pub fn plan(goals: &Goals, measured: &Measured) -> Plan {
 /// Whether it is not what is left that makes the pause too long.
 pub fn fixed_part_is_too_long(measured: &Measured) -> bool {
     move_time(measured, measured.left_bytes) < GAIN_MIN
+}
+
+/// Whether to let the devices' requests finish, at `cost` for the guest, before the next round:
+/// when it takes no more than [`DRAIN_PERCENT_MAX`] of that round.
+pub fn drain_pays(measured: &Measured, cost: Duration) -> bool {
+    cost * 100 <= move_time(measured, measured.left_bytes) * DRAIN_PERCENT_MAX
 }
 
 /// Whether this scan found no less than the best one before it.

@@ -74,7 +74,7 @@ pub struct Record {
 pub struct RecordError {
     /// The file.
     pub path: PathBuf,
-    /// What failed: `created`, `written`, `made durable`.
+    /// What failed: `created`, `written`, `made durable`, `removed`.
     pub step: &'static str,
     /// Why.
     #[source]
@@ -153,6 +153,16 @@ impl Records {
     /// Removes a record that no longer says anything: the session ended and both sides know how.
     pub fn forget(self) {
         let _a_leftover_is_harmless = fs::remove_file(self.path);
+    }
+
+    /// Removes a record that could not be corrected; durable when this returns.
+    pub fn remove(self) -> Result<(), RecordError> {
+        let path = self.path;
+        let removed = fs::remove_file(&path).and_then(|()| match path.parent() {
+            Some(dir) => File::open(dir)?.sync_all(),
+            None => Ok(()),
+        });
+        removed.map_err(|source| RecordError { path, step: "removed", source })
     }
 }
 

@@ -376,6 +376,7 @@ impl<'a> Agent<'a> {
                 self.release();
                 Some(Input::Released)
             }
+            Command::Retract => Some(Input::Retracted { durable: self.retract() }),
             Command::Unwind => Some(Input::Unwound { guest_running: self.unwind() }),
         })
     }
@@ -511,20 +512,23 @@ impl<'a> Agent<'a> {
     }
 
     fn unwind(&mut self) -> bool {
-        // Before the guest can go on: should this agent die here, nobody may think that the guest
-        // was handed over.
-        let aborted = self.decide(Decision::Aborted);
         self.digest = None;
         let running = self.monitor.unwind();
         self.tracker = None;
         self.link.finish();
         self.close_lanes(true);
         self.join_relay();
-        match (aborted, self.records.take()) {
-            (Ok(()), Some(records)) if running => records.forget(),
-            (_, records) => self.records = records,
+        match self.records.take() {
+            Some(records) if running => records.forget(),
+            records => self.records = records,
         }
         running
+    }
+
+    /// Should this agent die from here on, nobody may think that the guest was handed over.
+    fn retract(&mut self) -> bool {
+        self.decide(Decision::Aborted).is_ok()
+            || self.records.take().is_none_or(|records| records.remove().is_ok())
     }
 
     fn close_lanes(&mut self, abort: bool) {

@@ -75,6 +75,15 @@ impl<'a> Timeline<'a> {
         Some(of(Phase::DrainPausing) + of(Phase::DrainScanning) + of(Phase::DrainResuming))
     }
 
+    fn last_drain_pause(&self) -> Option<Duration> {
+        let phases = &self.report.phases;
+        let began = phases.iter().rposition(|(at, _)| *at == Phase::DrainPausing)?;
+        let drain = [Phase::DrainPausing, Phase::DrainScanning, Phase::DrainResuming];
+        let after = phases[began..].iter().find(|(at, _)| !drain.contains(at));
+        let ended = after.map_or(self.end, |(_, when)| *when);
+        Some(ended.saturating_sub(phases[began].1))
+    }
+
     /// Where the blackout went.
     pub fn blackout_parts(&self) -> Option<BlackoutParts> {
         let paused = self.entered(Phase::Pausing)?;
@@ -120,9 +129,9 @@ impl<'a> Timeline<'a> {
         }
     }
 
-    /// The event of a drain point.
+    /// The event of the last drain point.
     pub fn drain_event(&self, reason: &str) -> Option<Drain> {
-        let pause = self.drain_pause()?;
+        let pause = self.last_drain_pause()?;
         Some(Drain { at_ms: ms(self.end), pause_ms: ms(pause), reason: reason.to_owned() })
     }
 

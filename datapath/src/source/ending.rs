@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::input::{Command, Failure, FailureKind, Input, Outcome};
 use super::phase::Phase;
 use super::state::{Context, State};
-use crate::control::{Abort, AbortReason, Message};
+use crate::control::{Abort, AbortReason, Message, Offer};
 use crate::digest::MemoryDigest;
 use crate::limits;
 use crate::planner::{self, Goals, Measured};
@@ -25,28 +25,53 @@ pub(super) fn committed(
             return State::Releasing;
         }
         // A target sends this only when its guest never ran and never will.
-        Input::Message(Message::Abort(abort)) => return unwind(abort.into(), false, out),
-        Input::Tick if deadline.is_none_or(|deadline| now < deadline) => return State::Committed,
-        Input::Cancelled => return State::Committed,
-        Input::PeerLost(failure) | Input::Failed(failure) => failure,
-        Input::Tick => Failure {
-            reason: AbortReason::Timeout,
-            by_peer: false,
-            text: "the target did not confirm that the guest runs".into(),
-            hint: None,
-        },
+        Input::Message(Message::Abort(abort)) => return retract(abort.into(), out),
         Input::Message(_) => misbehaved("it answered the commit with something else"),
+        Input::PeerLost(failure) => failure,
+        // Nothing is asked of this host any more. A lane may well be gone: the target closes them
+        // when its guest runs, and that may be heard before its word.
+        Input::Tick | Input::Cancelled | Input::Failed(_) => {
+            if deadline.is_none_or(|deadline| now < deadline) {
+                return State::Committed;
+            }
+            Failure {
+                reason: AbortReason::Timeout,
+                by_peer: false,
+                text: "the target did not confirm that the guest runs".into(),
+                hint: None,
+            }
+        }
         input => unreachable!("no command is out whose answer is {:?}", input.kind()),
     };
-    State::Done(Outcome::Failed { kind: FailureKind::Uncertain, failure })
+    uncertain(failure)
 }
 
 /// The guest runs at the target, whatever goes wrong while letting go of it here.
 pub(super) fn releasing(input: Input) -> State {
     match input {
-        Input::Released | Input::Failed(_) => State::Done(Outcome::Migrated),
+        Input::Released => State::Done(Outcome::Migrated),
         _ => State::Releasing,
     }
+}
+
+/// The decision was on its way to the record, or there: it has to be taken back before the guest
+/// may run here, or a later reader of the record would let it run at the target too.
+pub(super) fn retract(failure: Failure, out: &mut Vec<Command>) -> State {
+    out.push(Command::Retract);
+    State::Retracting { failure }
+}
+
+pub(super) fn retracting(failure: Failure, input: Input, out: &mut Vec<Command>) -> State {
+    match input {
+        Input::Retracted { durable: true } => unwind(failure, false, out),
+        Input::Retracted { durable: false } => uncertain(failure),
+        // Answers of commands that were on their way when the attempt ended.
+        _ => State::Retracting { failure },
+    }
+}
+
+fn uncertain(failure: Failure) -> State {
+    State::Done(Outcome::Failed { kind: FailureKind::Uncertain, failure })
 }
 
 pub(super) fn unwinding(state: State, input: Input) -> State {
@@ -82,6 +107,20 @@ pub(super) fn misbehaved(what: &str) -> Failure {
         by_peer: false,
         text: format!("the target broke the protocol: {what}"),
         hint: None,
+    }
+}
+
+pub(super) fn too_many_pages(offer: &Offer) -> Failure {
+    let pages: u64 = offer.regions.iter().map(|region| region.bytes / region.page_bytes).sum();
+    Failure {
+        reason: AbortReason::Refused,
+        by_peer: false,
+        text: format!(
+            "the guest has {pages} pages, and a bitmap of them may take more than the {} MiB that \
+             fit into a message",
+            limits::CONTROL_BODY_BYTES_MAX >> 20
+        ),
+        hint: Some("back the guest's memory with huge pages".into()),
     }
 }
 

@@ -41,6 +41,11 @@ pub enum Input {
     Recorded,
     /// [`Command::Release`] is done.
     Released,
+    /// [`Command::Retract`] is done, or could not be.
+    Retracted {
+        /// No record says any more that the guest is handed over, also after a crash.
+        durable: bool,
+    },
     /// [`Command::Unwind`] is done; the guest's state after it.
     Unwound {
         /// The guest runs at the source. If not, it is paused there and whole.
@@ -72,11 +77,36 @@ pub enum InputKind {
     DeviceStateSent,
     Recorded,
     Released,
+    Retracted,
     Unwound,
     Failed,
     PeerLost,
     Cancelled,
     Tick,
+}
+
+impl InputKind {
+    /// Every kind.
+    pub const ALL: &'static [Self] = &[
+        Self::Message,
+        Self::LanesOpen,
+        Self::Attached,
+        Self::Placed,
+        Self::Scanned,
+        Self::Paused,
+        Self::Resumed,
+        Self::SwitchoverPrepared,
+        Self::Digested,
+        Self::DeviceStateSent,
+        Self::Recorded,
+        Self::Released,
+        Self::Retracted,
+        Self::Unwound,
+        Self::Failed,
+        Self::PeerLost,
+        Self::Cancelled,
+        Self::Tick,
+    ];
 }
 
 impl Input {
@@ -95,6 +125,7 @@ impl Input {
             Self::DeviceStateSent => InputKind::DeviceStateSent,
             Self::Recorded => InputKind::Recorded,
             Self::Released => InputKind::Released,
+            Self::Retracted { .. } => InputKind::Retracted,
             Self::Unwound { .. } => InputKind::Unwound,
             Self::Failed(_) => InputKind::Failed,
             Self::PeerLost(_) => InputKind::PeerLost,
@@ -104,7 +135,9 @@ impl Input {
     }
 }
 
-/// What the agent is to do. Carried out in the order given; each answers with its input.
+/// What the agent is to do. Carried out in the order given; each answers with its input, or with
+/// [`Input::Failed`]. [`Command::Release`], [`Command::Retract`] and [`Command::Unwind`] never fail:
+/// their answers say how far they came.
 #[derive(Debug)]
 pub enum Command {
     /// Send this to the target.
@@ -137,6 +170,10 @@ pub enum Command {
     Record,
     /// Handed over: let go of the paused guest's memory, close lanes. Answer: [`Input::Released`].
     Release,
+    /// Make durably sure that no record says that the guest is handed over, whether or not
+    /// [`Command::Record`] came to its end: by another record, or by removing it. The commit has
+    /// not left, or the target gave the guest back. Answer: [`Input::Retracted`].
+    Retract,
     /// Leave everything as it was before the attempt: guest running, tracking removed,
     /// capabilities set back. Answer: [`Input::Unwound`].
     Unwind,
@@ -178,7 +215,7 @@ pub enum FailureKind {
     RunsAtSource,
     /// It is whole at the source, paused, and did not resume when asked to.
     PausedAtSource,
-    /// The hand-over was decided and the target did not confirm: it is paused at the source and
-    /// may run at the target.
+    /// The hand-over was decided and the target did not confirm, or the decision could not be taken
+    /// back: it is paused at the source and may run at the target.
     Uncertain,
 }

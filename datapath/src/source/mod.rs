@@ -5,22 +5,33 @@
 //! commands out on a real guest, the simulation on an imagined one, and both run this code.
 //!
 //! ```text
-//! Greeting ─ Offering ─ Opening ─ Attaching ─┬─> Moving ─ Closing ─ Spacing ─ Scanning ─┐
-//!    (refusals end here, guest untouched)    └───<─ another round ────────────<─────────┤
-//!                                                 ^                                     │
-//!                       DrainPausing ─ DrainScanning ─ DrainResuming                    │
-//!                             ^ (once, if direct I/O escapes the tracker) ──────────────┤
-//!   ┌─────────────────────────────────────────────────────────────── switch over ──<────┘
+//! Greeting ─ Offering ─ Opening ─ Attaching ──┬─> Moving ─ Closing ─ Spacing ─ Scanning ─┐
+//!    (refusals end here, guest untouched)     │      └──<─ another round ───────<────────┤
+//!                                             │      └──<─ DrainResuming ─ DrainScanning │
+//!                if direct I/O escapes the    │               ^                 ^        │
+//!                tracker: once before it all, └──────> DrainPausing ────────────┘        │
+//!                and before switching over                 ^────────────────────<────────┤
+//!   ┌─────────────────────────────────────────────────────────────── switch over ──<─────┘
 //!   └> Preparing ─ Pausing ─ LastScanning ─ Moving ─ Closing ─ [Verifying] ─ Saving
 //!                  |<───────────────────── blackout ──────────────────────────────
 //!      ─ Deciding ─ Committed ─ Releasing ─ Done
 //!      ──────────────>|
-//! any failure or cancel before the decision is recorded: ─ Unwinding ─ Done
+//! any failure or cancel before the decision:                     ─ Unwinding ─ Done
+//! a failure in Deciding, or the target gives the guest back: ─ Retracting ─ Unwinding ─ Done
+//! no answer to the commit, or it can't be taken back:            ─ Done (uncertain)
 //! ```
 //!
 //! The `const` table of [`table`] has every transition; each one taken is checked against it.
+//!
+//! Who owns the guest, after a crash of either agent at any moment, is in the records: the target,
+//! if the source's says `handed-over` and the target's does not say `aborted`; the source in every
+//! other case. Each side keeps to it: the source's record says `handed-over` before the commit
+//! leaves and no longer says it when the guest runs here again; the target never lets the guest
+//! run without the commit, and its record says `aborted` before it drops what was loaded.
 
+mod drain;
 mod ending;
+mod handover;
 mod input;
 mod phase;
 mod phases;

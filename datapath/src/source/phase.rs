@@ -23,11 +23,38 @@ pub enum Phase {
     Deciding,
     Committed,
     Releasing,
+    Retracting,
     Unwinding,
     Done,
 }
 
 impl Phase {
+    /// Every phase, in order.
+    pub const ALL: &'static [Self] = &[
+        Self::Greeting,
+        Self::Offering,
+        Self::Opening,
+        Self::Attaching,
+        Self::Moving,
+        Self::Closing,
+        Self::Spacing,
+        Self::Scanning,
+        Self::DrainPausing,
+        Self::DrainScanning,
+        Self::DrainResuming,
+        Self::Preparing,
+        Self::Pausing,
+        Self::LastScanning,
+        Self::Verifying,
+        Self::Saving,
+        Self::Deciding,
+        Self::Committed,
+        Self::Releasing,
+        Self::Retracting,
+        Self::Unwinding,
+        Self::Done,
+    ];
+
     /// What a source in this phase is doing, for messages: "cancelled while ...".
     pub fn doing(self) -> &'static str {
         match self {
@@ -50,6 +77,7 @@ impl Phase {
             Self::Deciding => "recording the decision",
             Self::Committed => "waiting for the guest to run at the target",
             Self::Releasing => "letting go of the moved guest",
+            Self::Retracting => "taking back the decision",
             Self::Unwinding => "putting everything back",
             Self::Done => "done",
         }

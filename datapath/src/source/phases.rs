@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use super::ending::{differing, misbehaved, not_converging};
+use super::drain::Drain;
+use super::ending::{misbehaved, not_converging, too_many_pages};
 use super::input::{Command, Failure, Input};
 use super::phase::Phase;
 use super::report::RoundReport;
 use super::state::{Context, Round, State};
 use crate::bitmap::DirtySet;
-use crate::control::{AbortReason, DigestReport, Message, RoundStart};
-use crate::digest::MemoryDigest;
+use crate::control::{AbortReason, Message, RoundStart};
 use crate::ids::RoundIndex;
 use crate::limits;
 use crate::planner::{self, Measured, Plan};
@@ -35,7 +35,7 @@ impl Context {
             State::Closing(round) => self.closing(round, input, now, out),
             State::Spacing { until } => self.spacing(until, input, now, out),
             State::Scanning => self.scanning(input, now, out),
-            State::DrainPausing { dirty } => self.drain_pausing(dirty, input, out),
+            State::DrainPausing { dirty, first } => self.drain_pausing(dirty, first, input, out),
             State::DrainScanning { dirty } => self.drain_scanning(dirty, input, now, out),
             State::DrainResuming { dirty } => self.drain_resuming(dirty, input, now, out),
             State::Preparing { here, there, dirty } => {
@@ -46,9 +46,11 @@ impl Context {
             State::Verifying { here, there } => self.verifying(here, there, input, out),
             State::Saving { sent, ready } => self.saving(sent, ready, input, now, out),
             State::Deciding => self.deciding(input, out),
-            State::Committed | State::Releasing | State::Unwinding { .. } | State::Done(_) => {
-                unreachable!("handled before")
-            }
+            State::Committed
+            | State::Releasing
+            | State::Retracting { .. }
+            | State::Unwinding { .. }
+            | State::Done(_) => unreachable!("handled before"),
         }
     }
 
@@ -64,27 +66,35 @@ impl Context {
                 hint: None,
             }),
             Input::Message(Message::Abort(abort)) => Err(abort.into()),
-            Input::Tick
-                if limits::source_phase_max(phase).is_some_and(|m| now >= self.entered + m) =>
-            {
-                Err(Failure {
-                    reason: AbortReason::Timeout,
-                    by_peer: false,
-                    text: format!(
-                        "nothing came back for {} ms while {}",
-                        now.saturating_sub(self.entered).as_millis(),
-                        phase.doing()
-                    ),
-                    hint: Some("look at the target agent's output, and at the link".into()),
-                })
-            }
+            Input::Tick if self.give_up_at(state).is_some_and(|at| now >= at) => Err(Failure {
+                reason: AbortReason::Timeout,
+                by_peer: false,
+                text: format!(
+                    "nothing came back for {} ms while {}",
+                    now.saturating_sub(self.entered).as_millis(),
+                    phase.doing()
+                ),
+                hint: Some("look at the target agent's output, and at the link".into()),
+            }),
             input => Ok(input),
         }
+    }
+
+    /// When to stop waiting for what this state waits for.
+    pub(super) fn give_up_at(&self, state: &State) -> Option<Duration> {
+        let max = match state {
+            State::Closing(round) if round.last => Some(limits::LAST_CLOSING_MAX),
+            state => limits::source_phase_max(state.phase()),
+        };
+        max.map(|max| self.entered + max)
     }
 
     fn greeting(&mut self, input: Input, out: &mut Vec<Command>) -> Step {
         match input {
             Input::Message(Message::Welcome(_)) => {
+                if !self.config.offer.bitmap_fits() {
+                    return Err(too_many_pages(&self.config.offer));
+                }
                 out.push(Command::Send(Message::Offer(self.config.offer.clone())));
                 Ok(State::Offering)
             }
@@ -118,7 +128,12 @@ impl Context {
                 self.fixed = fixed;
                 self.last_scan = now;
                 self.report.populated_bytes = populated.bytes();
-                Ok(self.start_round(populated, false, now, out))
+                if !self.config.drain {
+                    return Ok(self.start_round(populated, false, now, out));
+                }
+                // What devices were writing to when tracking was armed is reported by nobody.
+                self.drain = Some(Drain::new(&populated, now));
+                Ok(self.drain_point(populated, true, now, out))
             }
             input => stay(State::Attaching, input),
         }
@@ -159,7 +174,10 @@ impl Context {
     ) -> Step {
         match input {
             Input::Message(Message::RoundClosed(closed)) if closed == round.round => {
-                self.closing = now.saturating_sub(self.entered);
+                // In the first one the target also clears what its memory held before.
+                if round.round.0 > 0 {
+                    self.closing = shortest(self.closing, now.saturating_sub(self.entered));
+                }
                 if round.last {
                     return Ok(self.last_round_closed(out));
                 }
@@ -192,198 +210,43 @@ impl Context {
 
     fn scanning(&mut self, input: Input, now: Duration, out: &mut Vec<Command>) -> Step {
         let Input::Scanned(dirty) = input else { return stay(State::Scanning, input) };
-        self.scanning = now.saturating_sub(self.entered);
-        if let Some(since_drain) = &mut self.since_drain {
-            since_drain.union_with(&dirty);
+        self.scanning = shortest(self.scanning, now.saturating_sub(self.entered));
+        if let Some(drain) = &mut self.drain {
+            drain.reported.union_with(&dirty);
         }
         let measured = self.measure(&dirty, now);
         self.note_scan(&measured, now);
-        match planner::plan(&self.config.goals, &measured) {
-            Plan::GiveUp => Err(not_converging(&self.config.goals, &measured)),
-            Plan::AnotherRound => {
-                // What moves now is no longer all that device writes in flight may still change.
-                self.since_drain = None;
-                Ok(self.start_round(dirty, false, now, out))
+        let plan = planner::plan(&self.config.goals, &measured);
+        match (plan, &mut self.drain) {
+            (Plan::GiveUp, _) => Err(not_converging(&self.config.goals, &measured)),
+            // All that was reported would have to move again inside the pause: let it move now,
+            // after a drain point, and inside the pause only what is reported from there on.
+            (Plan::SwitchOver, Some(drain)) if drain.reported != dirty => {
+                drain.to_switch_over = true;
+                Ok(self.drain_point(dirty, false, now, out))
             }
-            Plan::SwitchOver if self.config.drain && self.since_drain.is_none() => {
-                out.push(Command::Pause);
-                Ok(State::DrainPausing { dirty })
-            }
-            Plan::SwitchOver => {
+            (Plan::SwitchOver, _) => {
                 self.report.predicted_blackout = Some(planner::predicted_blackout(&measured));
                 out.push(Command::Send(Message::Prepare));
                 out.push(Command::PrepareSwitchover);
                 Ok(State::Preparing { here: false, there: false, dirty })
             }
-        }
-    }
-
-    fn drain_pausing(&mut self, dirty: DirtySet, input: Input, out: &mut Vec<Command>) -> Step {
-        match input {
-            Input::Paused => {
-                out.push(Command::Scan);
-                Ok(State::DrainScanning { dirty })
+            // A drain point before a long round is cheap, and saves moving this round's pages
+            // again after a later one.
+            (Plan::AnotherRound, Some(drain)) if planner::drain_pays(&measured, drain.cost) => {
+                drain.to_switch_over = false;
+                Ok(self.drain_point(dirty, false, now, out))
             }
-            input => stay(State::DrainPausing { dirty }, input),
-        }
-    }
-
-    fn drain_scanning(
-        &mut self,
-        mut dirty: DirtySet,
-        input: Input,
-        now: Duration,
-        out: &mut Vec<Command>,
-    ) -> Step {
-        match input {
-            Input::Scanned(found) => {
-                dirty.union_with(&found);
-                self.last_scan = now;
-                self.since_drain = Some(dirty.empty_like());
-                out.push(Command::Resume);
-                Ok(State::DrainResuming { dirty })
-            }
-            input => stay(State::DrainScanning { dirty }, input),
-        }
-    }
-
-    fn drain_resuming(
-        &mut self,
-        dirty: DirtySet,
-        input: Input,
-        now: Duration,
-        out: &mut Vec<Command>,
-    ) -> Step {
-        match input {
-            Input::Resumed => Ok(self.start_round(dirty, false, now, out)),
-            input => stay(State::DrainResuming { dirty }, input),
-        }
-    }
-
-    fn preparing(
-        &mut self,
-        here: bool,
-        there: bool,
-        dirty: DirtySet,
-        input: Input,
-        out: &mut Vec<Command>,
-    ) -> Step {
-        let (here, there) = match input {
-            Input::SwitchoverPrepared => (true, there),
-            Input::Message(Message::Prepared) => (here, true),
-            input => return stay(State::Preparing { here, there, dirty }, input),
-        };
-        if !(here && there) {
-            return Ok(State::Preparing { here, there, dirty });
-        }
-        out.push(Command::Pause);
-        Ok(State::Pausing { dirty })
-    }
-
-    fn pausing(&mut self, dirty: DirtySet, input: Input, out: &mut Vec<Command>) -> Step {
-        match input {
-            Input::Paused => {
-                out.push(Command::Scan);
-                Ok(State::LastScanning { dirty })
-            }
-            input => stay(State::Pausing { dirty }, input),
-        }
-    }
-
-    fn last_scanning(
-        &mut self,
-        mut dirty: DirtySet,
-        input: Input,
-        now: Duration,
-        out: &mut Vec<Command>,
-    ) -> Step {
-        match input {
-            Input::Scanned(found) => {
-                dirty.union_with(&found);
-                if let Some(since_drain) = self.since_drain.take() {
-                    dirty.union_with(&since_drain);
+            (Plan::AnotherRound, drain) => {
+                if let Some(drain) = drain {
+                    drain.to_switch_over = false;
                 }
-                Ok(self.start_round(dirty, true, now, out))
+                Ok(self.start_round(dirty, false, now, out))
             }
-            input => stay(State::LastScanning { dirty }, input),
         }
     }
 
-    fn last_round_closed(&mut self, out: &mut Vec<Command>) -> State {
-        if self.config.offer.verify {
-            out.push(Command::Send(Message::Verify));
-            out.push(Command::Digest);
-            return State::Verifying { here: None, there: None };
-        }
-        out.push(Command::SaveDeviceState);
-        State::Saving { sent: false, ready: false }
-    }
-
-    fn verifying(
-        &mut self,
-        here: Option<MemoryDigest>,
-        there: Option<MemoryDigest>,
-        input: Input,
-        out: &mut Vec<Command>,
-    ) -> Step {
-        let (here, there) = match input {
-            Input::Digested(digest) => (Some(digest), there),
-            Input::Message(Message::DigestReport(DigestReport { digest, .. })) => (
-                here,
-                Some(
-                    MemoryDigest::decode(&digest)
-                        .map_err(|_| misbehaved("its digest does not decode"))?,
-                ),
-            ),
-            input => return stay(State::Verifying { here, there }, input),
-        };
-        let (Some(ours), Some(theirs)) = (&here, &there) else {
-            return Ok(State::Verifying { here, there });
-        };
-        if ours != theirs {
-            return Err(differing(ours, theirs));
-        }
-        self.report.verified = true;
-        out.push(Command::SaveDeviceState);
-        Ok(State::Saving { sent: false, ready: false })
-    }
-
-    fn saving(
-        &mut self,
-        sent: bool,
-        ready: bool,
-        input: Input,
-        now: Duration,
-        out: &mut Vec<Command>,
-    ) -> Step {
-        let (sent, ready) = match input {
-            Input::DeviceStateSent => {
-                self.report.state_sent = Some(now);
-                (true, ready)
-            }
-            Input::Message(Message::Ready) => (sent, true),
-            input => return stay(State::Saving { sent, ready }, input),
-        };
-        // The monitor's own word that all is sent is not enough: it says so even when nobody
-        // took it. Only the target's `Ready` says that the state is loaded.
-        if !(sent && ready) {
-            return Ok(State::Saving { sent, ready });
-        }
-        out.push(Command::Record);
-        Ok(State::Deciding)
-    }
-
-    fn deciding(&mut self, input: Input, out: &mut Vec<Command>) -> Step {
-        match input {
-            Input::Recorded => {
-                out.push(Command::Send(Message::Commit));
-                Ok(State::Committed)
-            }
-            input => stay(State::Deciding, input),
-        }
-    }
-
-    fn start_round(
+    pub(super) fn start_round(
         &mut self,
         pages: DirtySet,
         last: bool,
@@ -401,23 +264,30 @@ impl Context {
     }
 
     fn measure(&self, dirty: &DirtySet, now: Duration) -> Measured {
-        let left = self.since_drain.as_ref().unwrap_or(dirty);
+        let bytes = dirty.bytes();
         Measured {
             rounds: self.rounds,
-            left_bytes: left.bytes(),
-            dirty_bytes: dirty.bytes(),
+            // Nothing else, also with drain points: what was reported before the last one has
+            // moved since, or moves after another one before the pause.
+            left_bytes: bytes,
+            dirty_bytes: bytes,
             dirty_time: now.saturating_sub(self.last_scan),
             moved_bytes: self.moved_bytes,
             moved_time: self.moved_time,
             best_left_bytes: self.best_left,
             stalled_rounds: self.stalled,
-            shrinking: self.since_drain.is_none(),
-            fixed: self.fixed + self.scanning + self.closing,
+            shrinking: self.drain.as_ref().is_none_or(|drain| !drain.to_switch_over),
+            fixed: self.fixed
+                + self.scanning.unwrap_or_default()
+                + self.closing.unwrap_or_default(),
         }
     }
 
     fn note_scan(&mut self, measured: &Measured, now: Duration) {
-        self.stalled = if planner::is_stalled(measured) { self.stalled + 1 } else { 0 };
+        // The round after a drain point taken to switch over may be longer than the one before it.
+        if measured.shrinking {
+            self.stalled = if planner::is_stalled(measured) { self.stalled + 1 } else { 0 };
+        }
         self.best_left =
             Some(self.best_left.map_or(measured.left_bytes, |b| b.min(measured.left_bytes)));
         self.last_scan = now;
@@ -428,8 +298,12 @@ impl Context {
     }
 }
 
+fn shortest(so_far: Option<Duration>, took: Duration) -> Option<Duration> {
+    Some(so_far.map_or(took, |so_far| so_far.min(took)))
+}
+
 /// An input that changes nothing here, or must not come here.
-fn stay(state: State, input: Input) -> Step {
+pub(super) fn stay(state: State, input: Input) -> Step {
     match input {
         Input::Tick | Input::Cancelled => Ok(state),
         Input::Message(message) => Err(Failure {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::drain::Drain;
 use super::ending;
 use super::input::{Command, Failure, Input, Outcome};
 use super::phase::Phase;
@@ -11,7 +12,6 @@ use crate::bitmap::DirtySet;
 use crate::control::{Hello, Message, Offer};
 use crate::digest::MemoryDigest;
 use crate::ids::RoundIndex;
-use crate::limits;
 use crate::planner::Goals;
 
 /// What a source is started with.
@@ -36,20 +36,50 @@ pub(super) enum State {
     Attaching,
     Moving(Round),
     Closing(Round),
-    Spacing { until: Duration },
+    Spacing {
+        until: Duration,
+    },
     Scanning,
-    DrainPausing { dirty: DirtySet },
-    DrainScanning { dirty: DirtySet },
-    DrainResuming { dirty: DirtySet },
-    Preparing { here: bool, there: bool, dirty: DirtySet },
-    Pausing { dirty: DirtySet },
-    LastScanning { dirty: DirtySet },
-    Verifying { here: Option<MemoryDigest>, there: Option<MemoryDigest> },
-    Saving { sent: bool, ready: bool },
+    /// `first`: the drain point before the first pass, where there is nothing to scan for yet.
+    DrainPausing {
+        dirty: DirtySet,
+        first: bool,
+    },
+    DrainScanning {
+        dirty: DirtySet,
+    },
+    DrainResuming {
+        dirty: DirtySet,
+    },
+    Preparing {
+        here: bool,
+        there: bool,
+        dirty: DirtySet,
+    },
+    Pausing {
+        dirty: DirtySet,
+    },
+    LastScanning {
+        dirty: DirtySet,
+    },
+    Verifying {
+        here: Option<MemoryDigest>,
+        there: Option<MemoryDigest>,
+    },
+    Saving {
+        sent: bool,
+        ready: bool,
+    },
     Deciding,
     Committed,
     Releasing,
-    Unwinding { failure: Failure, untouched: bool },
+    Retracting {
+        failure: Failure,
+    },
+    Unwinding {
+        failure: Failure,
+        untouched: bool,
+    },
     Done(Outcome),
 }
 
@@ -85,6 +115,7 @@ impl State {
             Self::Deciding => Phase::Deciding,
             Self::Committed => Phase::Committed,
             Self::Releasing => Phase::Releasing,
+            Self::Retracting { .. } => Phase::Retracting,
             Self::Unwinding { .. } => Phase::Unwinding,
             Self::Done(_) => Phase::Done,
         }
@@ -107,15 +138,16 @@ pub(super) struct Context {
     pub(super) rounds: u32,
     pub(super) moved_bytes: u64,
     pub(super) moved_time: Duration,
-    pub(super) closing: Duration,
-    pub(super) scanning: Duration,
+    /// The quickest close of a round and the quickest scan so far: what they cost inside the pause,
+    /// when little is left. One slow one is a hiccup.
+    pub(super) closing: Option<Duration>,
+    pub(super) scanning: Option<Duration>,
     pub(super) fixed: Duration,
     pub(super) last_scan: Duration,
     pub(super) best_left: Option<u64>,
     pub(super) stalled: u32,
-    /// Everything reported since the drain point: device writes in flight may have changed it
-    /// after it was reported, so all of it moves again inside the pause.
-    pub(super) since_drain: Option<DirtySet>,
+    /// Kept where direct I/O escapes the tracker.
+    pub(super) drain: Option<Drain>,
 }
 
 impl Source {
@@ -133,13 +165,13 @@ impl Source {
                 rounds: 0,
                 moved_bytes: 0,
                 moved_time: Duration::ZERO,
-                closing: Duration::ZERO,
-                scanning: Duration::ZERO,
+                closing: None,
+                scanning: None,
                 fixed: Duration::ZERO,
                 last_scan: now,
                 best_left: None,
                 stalled: 0,
-                since_drain: None,
+                drain: None,
             },
         }
     }
@@ -164,10 +196,10 @@ impl Source {
 
     /// When to come back with [`Input::Tick`], if nothing else happens before.
     pub fn deadline(&self) -> Option<Duration> {
-        if let State::Spacing { until } = self.state {
-            return Some(until);
+        match self.state {
+            State::Spacing { until } => Some(until),
+            _ => self.context.give_up_at(&self.state),
         }
-        limits::source_phase_max(self.phase()).map(|max| self.context.entered + max)
     }
 
     /// Takes one input and says what to do next.
@@ -180,12 +212,14 @@ impl Source {
         let state = match state {
             State::Done(_) => state,
             State::Unwinding { .. } => ending::unwinding(state, input),
+            State::Retracting { failure } => ending::retracting(failure, input, out),
             State::Releasing => ending::releasing(input),
             State::Committed => ending::committed(&mut context, input, now, out),
             state => {
                 let untouched = from < Phase::Attaching;
                 match context.forward(state, input, now, out) {
                     Ok(state) => state,
+                    Err(failure) if from == Phase::Deciding => ending::retract(failure, out),
                     Err(failure) => ending::unwind(failure, untouched, out),
                 }
             }

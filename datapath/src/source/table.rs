@@ -5,6 +5,7 @@
 
 use super::input::InputKind as I;
 use super::phase::Phase::{self, *};
+use crate::limits;
 
 /// `(from, input, to)`: what moves a migration forward.
 pub const FORWARD: &[(Phase, I, Phase)] = &[
@@ -18,6 +19,8 @@ pub const FORWARD: &[(Phase, I, Phase)] = &[
     (Closing, I::Message, Scanning),
     (Scanning, I::Scanned, Moving),
     (Scanning, I::Scanned, DrainPausing),
+    (Attaching, I::Attached, DrainPausing),
+    (DrainPausing, I::Paused, DrainResuming),
     (DrainPausing, I::Paused, DrainScanning),
     (DrainScanning, I::Scanned, DrainResuming),
     (DrainResuming, I::Resumed, Moving),
@@ -41,7 +44,8 @@ pub const FORWARD: &[(Phase, I, Phase)] = &[
     (Deciding, I::Recorded, Committed),
     (Committed, I::Message, Releasing),
     (Releasing, I::Released, Done),
-    (Releasing, I::Failed, Done),
+    (Retracting, I::Retracted, Unwinding),
+    (Retracting, I::Retracted, Done),
     (Unwinding, I::Unwound, Done),
 ];
 
@@ -55,20 +59,29 @@ fn unforced(from: Phase, input: I, to: Phase) -> bool {
     from == to
         && match input {
             I::Tick => true,
-            I::Cancelled | I::PeerLost => from >= Deciding,
-            _ => from >= Unwinding,
+            I::Cancelled => from >= Deciding,
+            // After the commit left, no command is out: a lane may go, the monitor may end.
+            I::Failed => from >= Committed,
+            _ => from >= Releasing,
         }
 }
 
-/// What ends an attempt: before the decision by unwinding, after it only in uncertainty.
+/// What ends an attempt: before the decision by unwinding, while it is made by taking it back
+/// first, after it only in uncertainty.
 fn failing(from: Phase, input: I, to: Phase) -> bool {
     match (to, input) {
-        (Unwinding, I::Cancelled) => from < Deciding,
-        // After the commit left, only the target's word that it never ran and never will.
-        (Unwinding, I::Message) => from <= Committed,
-        (Unwinding, I::PeerLost | I::Failed | I::Tick | I::Scanned) => from <= Deciding,
-        (Unwinding, I::Digested) => from == Verifying,
-        (Done, I::PeerLost | I::Failed | I::Tick | I::Message) => from == Committed,
+        (Unwinding, I::Cancelled | I::Message | I::PeerLost | I::Failed) => from < Deciding,
+        (Unwinding, I::Tick) => has_deadline(from) && from < Deciding,
+        (Unwinding, I::Scanned) => from == Scanning, // It does not converge.
+        (Unwinding, I::Digested) => from == Verifying, // Memory differs.
+        (Retracting, I::PeerLost | I::Failed) => from == Deciding,
+        // After the commit left: the target's word that the guest never ran there and never will.
+        (Retracting, I::Message) => matches!(from, Deciding | Committed),
+        (Done, I::PeerLost | I::Failed | I::Tick | I::Cancelled | I::Message) => from == Committed,
         _ => false,
     }
+}
+
+fn has_deadline(phase: Phase) -> bool {
+    limits::source_phase_max(phase).is_some()
 }
