@@ -16,7 +16,7 @@ use crate::iperf::IperfWay;
 use crate::output;
 use crate::qemu::QemuWay;
 use crate::report::{self, Report};
-use crate::rig::{GuestShape, Mover, Rig, SETTLE};
+use crate::rig::{GuestShape, Hop, Mover, Rig, SETTLE};
 use crate::screening::{Screened, screen};
 
 const NAME: &str = "migrate-vs-qemu";
@@ -183,38 +183,61 @@ impl Bench<'_> {
                 // Without a guest nothing goes on; everything else is that contender's failure.
                 self.rig.guest()?;
                 match self.run_one(turn, &record.contender, warm) {
-                    Ok(run) => {
+                    Ok((run, lost)) => {
                         output::progress_run(name, &who, &run);
+                        record.failures.extend(lost.map(|lost| format!("guest lost: {lost}")));
                         if turn >= dropped {
                             record.runs.push(run);
                         }
                     }
+                    Err(error @ BenchError::MemoryLost { .. }) => return Err(error),
                     Err(error) => {
                         output::progress(&format!("{name} turn {turn}: {who}: {}", error.chain()));
                         record.failures.push(error.chain());
                     }
                 }
             }
-            let pages = self.rig.verify()?;
-            output::progress(&format!("{name} turn {turn}: the guest checked {pages} pages: good"));
         }
         Ok(records)
     }
 
-    fn run_one(&mut self, turn: u32, contender: &Contender, warm: bool) -> Result<Run, BenchError> {
-        match contender {
+    /// Has the guest check all its memory before we move it and afterwards, so that what was lost
+    /// before is not ours. Wrong memory after our move ends everything.
+    fn hop_of_ours(&mut self, warm: bool) -> Result<Hop, BenchError> {
+        if let Err(error) = self.rig.verify() {
+            output::progress(&format!("starting a new guest: {}", error.chain()));
+            self.rig.give_up_guest();
+        }
+        let hop = self.rig.hop(Mover::Pageferry, warm)?;
+        if hop.lost.is_none() {
+            let pages = self.rig.verify()?;
+            output::progress(&format!("the guest checked {pages} pages after that: good"));
+        }
+        Ok(hop)
+    }
+
+    /// One run, and what was seen last if it cost the guest.
+    fn run_one(
+        &mut self,
+        turn: u32,
+        contender: &Contender,
+        warm: bool,
+    ) -> Result<(Run, Option<String>), BenchError> {
+        let streamed = match contender {
             Contender::Mover(mover) => {
-                let hop = self.rig.hop(*mover, warm)?;
-                Ok(Run::of_moved(turn, &hop.moved, hop.tick_gap_ms, self.gib()))
+                let hop = match mover {
+                    Mover::Pageferry => self.hop_of_ours(warm)?,
+                    Mover::Qemu(_) => self.rig.hop(*mover, warm)?,
+                };
+                let run = Run::of_moved(turn, &hop.moved, hop.tick_gap_ms, self.gib());
+                return Ok((run, hop.lost));
             }
-            Contender::Iperf(way) => {
-                let streamed = way.run(self.rig.net(), self.fill_mib << 20)?;
-                Ok(Run::of_streamed(turn, &streamed))
-            }
+            Contender::Iperf(way) => way.run(self.rig.net(), self.fill_mib << 20)?,
             Contender::Ceiling(way) => {
                 let (from, to) = (self.rig.guest_memory()?, self.rig.scratch(warm)?);
-                Ok(Run::of_streamed(turn, &way.run(self.rig.net(), &from, to.memory())?))
+                way.run(self.rig.net(), &from, to.memory())?
             }
-        }
+        };
+        Ok((Run::of_streamed(turn, &streamed), None))
     }
 }

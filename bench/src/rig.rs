@@ -91,6 +91,8 @@ pub(crate) struct Hop {
     pub(crate) moved: Moved,
     /// The longest silence of the guest's ticks around the pause.
     pub(crate) tick_gap_ms: Option<f64>,
+    /// What was seen last, if the guest never spoke again.
+    pub(crate) lost: Option<String>,
     /// The guest's ticks from where it came to its first one here.
     pub(crate) ticks: Vec<Tick>,
 }
@@ -167,6 +169,7 @@ impl Rig {
     /// The guest where it is now, started if there is none.
     pub(crate) fn guest(&mut self) -> Result<&Qemu, BenchError> {
         if self.source.is_none() {
+            self.last_mover = "nobody".into();
             let mut spec = self.spec.clone();
             spec.namespace = self.net.namespace(End::Source);
             let mut guest = self.launch(spec, self.shape.prealloc)?;
@@ -214,15 +217,27 @@ impl Rig {
             }
             Mover::Qemu(way) => qemu::migrate(way, &source, &target, &self.net),
         }?;
-        target.console().wait_tick(TICK_MAX)?;
         let (from, to) = (source.console(), target.console());
+        let lost = to.wait_tick(TICK_MAX).err().map(|error| error.to_string());
         let tick_gap_ms = pause::tick_gap_ms(from, to, &moved.pause);
         let ticks = pageferry_ctl::lab::console::ticks_across(from, to);
         drop(source);
-        self.source = Some(target);
         self.net.swap();
+        if lost.is_none() {
+            self.source = Some(target);
+        }
         self.last_mover = mover.name();
-        Ok(Hop { moved, tick_gap_ms, ticks })
+        Ok(Hop { moved, tick_gap_ms, ticks, lost })
+    }
+
+    /// Gives the guest up; the next one who needs one starts another.
+    pub(crate) fn give_up_guest(&mut self) {
+        self.source = None;
+    }
+
+    /// QEMU before 8 loses writes of an emulated guest while it sends its memory.
+    pub(crate) fn qemu_loses_writes(&self) -> bool {
+        self.spec.binary.version.major < 8
     }
 
     /// Has the guest check all its memory.
