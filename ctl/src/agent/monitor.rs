@@ -102,8 +102,9 @@ pub trait TargetMonitor: Send {
     /// Waits until the monitor has loaded it, and is paused.
     fn state_loaded(&mut self) -> Result<(), Failure>;
 
-    /// Lets the guest run here. An error means that it does not and will not.
-    fn resume(&mut self) -> Result<(), Failure>;
+    /// Lets the guest run here, and tells how long it took until it did, which may be less than
+    /// until this returns. An error means that it does not and will not.
+    fn resume(&mut self) -> Result<Duration, Failure>;
 
     /// Leaves nothing of the attempt behind.
     fn unwind(&mut self);

@@ -424,8 +424,9 @@ impl<'a> Session<'a> {
 
     fn resume(&mut self) -> Result<Input, Failure> {
         let started = Instant::now();
-        self.monitor.as_mut().expect("inspected before").resume()?;
-        Ok(Input::Resumed { took: started.elapsed(), cpu: host::cpu_time() })
+        let took = self.monitor.as_mut().expect("inspected before").resume()?;
+        let late = started.elapsed().saturating_sub(took);
+        Ok(Input::Resumed { took, late, cpu: host::cpu_time() })
     }
 
     fn unwind(&mut self) {

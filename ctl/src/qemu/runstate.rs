@@ -4,7 +4,7 @@
 //! flushed; before that a disk may still write into guest memory, although the event `STOP` has
 //! been sent. So of `stop` the answer counts, never the event; of `cont` the event does.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::json;
 
@@ -40,6 +40,18 @@ pub struct Changed {
     pub at: Option<Duration>,
     /// Time it took, as seen from here.
     pub took: Duration,
+    began: Instant,
+}
+
+impl Changed {
+    /// From the command until the virtual CPUs changed, by QEMU's clock; if that makes no sense
+    /// (somebody set the clock), as seen from here.
+    pub fn effective(&self) -> Duration {
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let began = now.saturating_sub(self.began.elapsed());
+        let effective = self.at.and_then(|at| at.checked_sub(began));
+        effective.filter(|effective| *effective <= self.took).unwrap_or(self.took)
+    }
 }
 
 /// Pauses the guest. When it returns nothing writes into guest memory any more. In a QEMU that
@@ -55,7 +67,7 @@ pub fn stop(qmp: &Qmp) -> Result<Changed, QmpError> {
         Err(QmpError::Timeout { .. }) => None,
         Err(error) => return Err(error),
     };
-    Ok(Changed { at, took })
+    Ok(Changed { at, took, began })
 }
 
 /// Lets the guest run, and returns as soon as it does: from then on its CPUs compete with QEMU's
@@ -65,7 +77,7 @@ pub fn cont(qmp: &Qmp) -> Result<Changed, QmpError> {
     let began = Instant::now();
     // Sent when nothing is left that could keep the CPUs from starting.
     let event = qmp.execute_until_event("cont", json!({}), "RESUME")?;
-    Ok(Changed { at: event.map(|event| event.at), took: began.elapsed() })
+    Ok(Changed { at: event.map(|event| event.at), took: began.elapsed(), began })
 }
 
 /// Lets the guest run again after a failed or cancelled migration, waiting for QEMU to wind that

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pageferry_datapath::control::{AbortReason, Offer};
 use pageferry_datapath::region::GuestMemory;
@@ -16,8 +16,8 @@ use super::source::{check_failure, connect, map_memory};
 use super::stream::QemuStream;
 use crate::agent::failure;
 use crate::agent::monitor::{StateStream, TargetMonitor};
-use crate::limits::STATE_TIMEOUT;
-use crate::qmp::Qmp;
+use crate::limits::{QMP_COMMAND_TIMEOUT, STATE_TIMEOUT};
+use crate::qmp::{Posted, Qmp, QmpError};
 
 /// A waiting QEMU that passed its own checks.
 #[derive(Debug)]
@@ -27,6 +27,7 @@ pub struct QemuTarget {
     settings: Option<Settings>,
     incoming: Option<Incoming>,
     stream: Option<Arc<QemuStream>>,
+    announced: Option<Posted>,
 }
 
 impl QemuTarget {
@@ -34,7 +35,7 @@ impl QemuTarget {
     pub fn open(path: &Path) -> Result<Self, Failure> {
         let qmp = connect(path)?;
         let qemu = checks::target(&qmp).map_err(|error| check_failure(&error))?;
-        Ok(Self { qmp, qemu, settings: None, incoming: None, stream: None })
+        Ok(Self { qmp, qemu, settings: None, incoming: None, stream: None, announced: None })
     }
 }
 
@@ -85,11 +86,11 @@ impl TargetMonitor for QemuTarget {
         })
     }
 
-    fn resume(&mut self) -> Result<(), Failure> {
+    fn resume(&mut self) -> Result<Duration, Failure> {
         match runstate::cont(&self.qmp) {
-            Ok(_) => {
-                announce(&self.qmp);
-                Ok(())
+            Ok(changed) => {
+                self.announce();
+                Ok(changed.effective())
             }
             Err(error) => {
                 // Whatever went wrong, it must not run after we say that it does not.
@@ -112,12 +113,31 @@ impl TargetMonitor for QemuTarget {
     }
 }
 
-/// Has QEMU tell the network where the guest's addresses are now: what it announced by itself when
-/// the state was loaded went out before the guest ran here. The guest runs whether or not this
-/// works.
-fn announce(qmp: &Qmp) {
-    let times = serde_json::json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
-    if let Err(error) = qmp.execute("announce-self", times) {
-        tracing::debug!(%error, "the guest's addresses were not announced");
+impl QemuTarget {
+    /// Has QEMU tell the network where the guest's addresses are now: what it announced by itself
+    /// when the state was loaded went out before the guest ran here. The guest runs whether or not
+    /// this works, and the source waits to hear that it does: so nobody waits for the answer yet.
+    fn announce(&mut self) {
+        let times = serde_json::json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+        match self.qmp.post("announce-self", times) {
+            Ok(posted) => self.announced = Some(posted),
+            Err(error) => not_announced(&error),
+        }
     }
+}
+
+impl Drop for QemuTarget {
+    fn drop(&mut self) {
+        // QEMU drops what it has not yet run when its client goes.
+        let deadline = Instant::now() + QMP_COMMAND_TIMEOUT;
+        if let Some(announced) = self.announced.take()
+            && let Err(error) = self.qmp.answer(announced, deadline)
+        {
+            not_announced(&error);
+        }
+    }
+}
+
+fn not_announced(error: &QmpError) {
+    tracing::debug!(%error, "the guest's addresses were not announced");
 }

@@ -62,10 +62,17 @@ impl<'a> Timeline<'a> {
         Some(ended.saturating_sub(began))
     }
 
-    /// From asking the guest to pause until the target said that it runs.
+    /// From asking the guest to pause until it ran at the target, as the target saw it, and the
+    /// way of the target's word.
     pub fn blackout(&self) -> Option<Duration> {
         let paused = self.entered(Phase::Pausing)?;
-        Some(self.entered(Phase::Releasing)?.saturating_sub(paused))
+        let told = self.entered(Phase::Releasing)?.saturating_sub(paused);
+        Some(told.saturating_sub(self.late()))
+    }
+
+    /// How much later than it ran the target said so.
+    fn late(&self) -> Duration {
+        Duration::from_micros(self.report.running.map_or(0, |running| running.late_us))
     }
 
     /// How long the guest stood still at drain points.
@@ -108,7 +115,9 @@ impl<'a> Timeline<'a> {
             device_state_save: ms(save),
             transfer: ms(saving.saturating_sub(save + load)),
             load: ms(load),
-            commit: ms((of(Phase::Deciding) + of(Phase::Committed)).saturating_sub(resume)),
+            commit: ms(
+                (of(Phase::Deciding) + of(Phase::Committed)).saturating_sub(resume + self.late())
+            ),
             resume: ms(resume),
         })
     }
@@ -194,18 +203,18 @@ mod tests {
                 (Phase::Saving, at(616)),
                 (Phase::Deciding, at(626)),
                 (Phase::Committed, at(628)),
-                (Phase::Releasing, at(630)),
+                (Phase::Releasing, at(632)),
             ],
             state_sent: Some(at(621)),
-            running: Some(Running { load_us: 3000, resume_us: 1000, cpu_us: 0 }),
+            running: Some(Running { load_us: 3000, resume_us: 1000, late_us: 3000, cpu_us: 0 }),
             ..SourceReport::default()
         };
         let timeline = Timeline::new(&report, at(640));
         assert_eq!(timeline.brownout(), Some(at(510)));
-        assert_eq!(timeline.blackout(), Some(at(20)));
+        assert_eq!(timeline.blackout(), Some(at(19)));
         let parts = timeline.blackout_parts().expect("it ran");
-        assert!((parts.total() - 20.0).abs() < 0.01, "{parts:?}");
+        assert!((parts.total() - 19.0).abs() < 0.01, "{parts:?}");
         assert_eq!((parts.device_state_save, parts.transfer, parts.load), (5.0, 2.0, 3.0));
-        assert_eq!((parts.commit, parts.resume), (3.0, 1.0));
+        assert_eq!((parts.commit, parts.resume), (2.0, 1.0));
     }
 }

@@ -206,8 +206,12 @@ pub struct DigestReport {
 pub struct Running {
     /// Loading the device state, in microseconds.
     pub load_us: u64,
-    /// From the commit's arrival until the monitor confirmed, in microseconds.
+    /// From the commit's arrival until the guest ran, in microseconds.
     pub resume_us: u64,
+    /// From then until this was written, in microseconds: the guest's first instructions compete
+    /// with the agent for the CPUs, and what the agent waits for them is no part of the pause.
+    #[serde(default)]
+    pub late_us: u64,
     /// CPU time the target agent has used, in microseconds.
     pub cpu_us: u64,
 }

@@ -35,8 +35,10 @@ pub enum Input {
     },
     /// [`Command::Resume`] is done: the guest runs here.
     Resumed {
-        /// Time it took.
+        /// Time until it ran.
         took: Duration,
+        /// Time from then until the agent saw it.
+        late: Duration,
         /// CPU time this agent has used.
         cpu: Duration,
     },

@@ -285,10 +285,11 @@ fn ready(load: Duration, input: Input, out: &mut Vec<Command>) -> Step {
 
 fn resuming(load: Duration, input: Input, out: &mut Vec<Command>) -> Step {
     match input {
-        Input::Resumed { took, cpu } => {
+        Input::Resumed { took, late, cpu } => {
             out.push(Command::Send(Message::Running(Running {
                 load_us: load.as_micros() as u64,
                 resume_us: took.as_micros() as u64,
+                late_us: late.as_micros() as u64,
                 cpu_us: cpu.as_micros() as u64,
             })));
             Ok(State::Done(Outcome::Runs))

@@ -168,7 +168,9 @@ pub(crate) fn message(kind: MessageKind) -> Message {
         MessageKind::ReturnPath => Message::ReturnPath(vec![1]),
         MessageKind::Ready => Message::Ready,
         MessageKind::Commit => Message::Commit,
-        MessageKind::Running => Message::Running(Running { load_us: 1, resume_us: 1, cpu_us: 1 }),
+        MessageKind::Running => {
+            Message::Running(Running { load_us: 1, resume_us: 1, late_us: 0, cpu_us: 1 })
+        }
         MessageKind::Abort => Message::Abort(Abort {
             reason: AbortReason::HostFailed,
             text: "there".into(),

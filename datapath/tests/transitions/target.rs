@@ -117,7 +117,11 @@ fn loaded() -> Input {
 }
 
 fn resumed() -> Input {
-    Input::Resumed { took: Duration::from_millis(1), cpu: Duration::from_millis(1) }
+    Input::Resumed {
+        took: Duration::from_millis(1),
+        late: Duration::ZERO,
+        cpu: Duration::from_millis(1),
+    }
 }
 
 pub(crate) fn at(situation: &str) -> Walk {
