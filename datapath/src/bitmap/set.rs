@@ -21,6 +21,15 @@ impl DirtySet {
         Self { bitmaps: bitmaps.collect() }
     }
 
+    /// As [`Self::new`], with every page dirty.
+    pub fn full(shape: impl IntoIterator<Item = (u64, u64)>) -> Self {
+        let mut set = Self::new(shape);
+        for bitmap in &mut set.bitmaps {
+            bitmap.set_range(0..bitmap.pages());
+        }
+        set
+    }
+
     /// Clean bitmaps in the granule of each region of `memory`.
     pub fn for_memory(memory: &GuestMemory) -> Self {
         Self::new(memory.regions().iter().map(|r| (r.len() / r.page_bytes(), r.page_bytes())))
@@ -216,7 +225,123 @@ mod tests {
         assert!(set.is_empty());
     }
 
+    /// An extent of any of the regions of [`SHAPE`], whole pages or not.
+    fn any_extent() -> impl Strategy<Value = Extent> {
+        (0..2u16, any::<u64>(), any::<u64>()).prop_map(|(region, start, len)| {
+            let (pages, page_bytes) = SHAPE[usize::from(region)];
+            let region_bytes = pages * page_bytes;
+            let offset = start % region_bytes;
+            extent(region, offset, 1 + len % (region_bytes - offset))
+        })
+    }
+
+    /// Each page of [`SHAPE`], as its region and range of bytes.
+    fn every_page() -> impl Iterator<Item = (u16, Range<u64>)> {
+        (0..).zip(SHAPE).flat_map(|(region, (pages, page_bytes))| {
+            (0..pages).map(move |page| (region, page * page_bytes..(page + 1) * page_bytes))
+        })
+    }
+
+    fn pages_where(keep: impl Fn(&(u16, Range<u64>)) -> bool) -> Vec<(u16, Range<u64>)> {
+        every_page().filter(|page| keep(page)).collect()
+    }
+
+    /// The pages of `set`, one by one.
+    fn pages_of(set: &DirtySet) -> Vec<(u16, Range<u64>)> {
+        let holds = |(region, range): &(u16, Range<u64>)| {
+            let bitmap = set.get(RegionIndex(*region)).expect("a region");
+            bitmap.contains(range.start / bitmap.page_bytes())
+        };
+        every_page().filter(holds).collect()
+    }
+
+    fn set_of(extents: &[Extent]) -> DirtySet {
+        let mut set = DirtySet::new(SHAPE);
+        extents.iter().for_each(|extent| set.set_extent(*extent).unwrap());
+        set
+    }
+
+    #[test]
+    fn a_full_set_holds_every_page() {
+        assert_eq!(pages_of(&DirtySet::full(SHAPE)), every_page().collect::<Vec<_>>());
+    }
+
     proptest! {
+        #[test]
+        fn extents_set_and_clear_pages_as_the_naive_loop_does(
+            set in vec(any_extent(), 0..6), cleared in vec(any_extent(), 0..6),
+        ) {
+            let mut changed = set_of(&set);
+            cleared.iter().for_each(|extent| changed.clear_extent(*extent).unwrap());
+            let touched = |(region, page): &(u16, Range<u64>)| set.iter().any(|extent| {
+                let end = extent.offset + extent.len;
+                extent.region.0 == *region && extent.offset < page.end && page.start < end
+            });
+            let covered = |(region, page): &(u16, Range<u64>)| cleared.iter().any(|extent| {
+                let end = extent.offset + extent.len;
+                extent.region.0 == *region && extent.offset <= page.start && page.end <= end
+            });
+            let expected: Vec<_> =
+                every_page().filter(|page| touched(page) && !covered(page)).collect();
+            prop_assert_eq!(changed.count(), expected.len() as u64);
+            let bytes: u64 = expected.iter().map(|(_, page)| page.end - page.start).sum();
+            prop_assert_eq!(changed.bytes(), bytes);
+            prop_assert_eq!(pages_of(&changed), expected);
+        }
+
+        #[test]
+        fn sets_combine_page_by_page(
+            left in vec(any_extent(), 0..6), right in vec(any_extent(), 0..6),
+        ) {
+            let (left, right) = (set_of(&left), set_of(&right));
+            let (mine, theirs) = (pages_of(&left), pages_of(&right));
+            let combined = |op: fn(&mut DirtySet, &DirtySet)| {
+                let mut result = left.clone();
+                op(&mut result, &right);
+                pages_of(&result)
+            };
+            let either = |page: &_| mine.contains(page) || theirs.contains(page);
+            let both = |page: &_| mine.contains(page) && theirs.contains(page);
+            let only = |page: &_| mine.contains(page) && !theirs.contains(page);
+            prop_assert_eq!(combined(DirtySet::union_with), pages_where(either));
+            prop_assert_eq!(combined(DirtySet::intersect), pages_where(both));
+            prop_assert_eq!(combined(DirtySet::subtract), pages_where(only));
+        }
+
+        #[test]
+        fn extents_are_the_pages_in_order_and_as_few_as_can_be(set in vec(any_extent(), 0..8)) {
+            let set = set_of(&set);
+            let extents = set.to_extents();
+            prop_assert_eq!(set_of(&extents), set);
+            for two in extents.windows(2) {
+                let apart = two[0].region < two[1].region
+                    || two[0].offset + two[0].len < two[1].offset;
+                prop_assert!(apart, "{:?}", two);
+            }
+        }
+
+        #[test]
+        fn harm_to_the_wire_form_is_found_or_gives_a_set_of_the_same_shape(
+            set in vec(any_extent(), 0..6),
+            at in any::<prop::sample::Index>(), bit in 0..8u8, cut: bool,
+        ) {
+            let mut bytes = set_of(&set).encode();
+            let at = at.index(bytes.len());
+            if cut { bytes.truncate(at) } else { bytes[at] ^= 1 << bit }
+            match DirtySet::decode(&bytes, SHAPE) {
+                Err(_) => {}
+                Ok(_) if cut => return Err(TestCaseError::fail("half a set was taken")),
+                Ok(set) => prop_assert!(set.shape().eq(SHAPE)),
+            }
+        }
+
+        #[test]
+        fn the_wire_form_is_never_longer_than_announced(regions in vec(flags(), 0..4)) {
+            let set = DirtySet { bitmaps: regions.iter().map(|flags| bitmap(flags)).collect() };
+            let max: u64 = set.shape().map(|(pages, _)| DirtySet::encoded_max_bytes(pages)).sum();
+            prop_assert!(set.encode().len() as u64 <= max);
+        }
+
         #[test]
         fn decode_of_encode_is_the_identity(regions in vec(flags(), 0..4)) {
             let set = DirtySet { bitmaps: regions.iter().map(|flags| bitmap(flags)).collect() };

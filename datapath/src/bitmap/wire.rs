@@ -200,6 +200,22 @@ mod tests {
             }
         }
 
+        /// Or a peer could say one thing to who compares bytes and another to who compares sets.
+        #[test]
+        fn no_two_run_forms_mean_the_same(body in vec(0..5u8, 0..12), pages in 0..40u64) {
+            let bytes = [&[FORM_RUNS][..], &body].concat();
+            if let Ok(bitmap) = DirtyBitmap::decode(&bytes, pages, 4096) {
+                let mut runs = vec![FORM_RUNS];
+                let mut end = 0;
+                for run in bitmap.runs() {
+                    put_varint(&mut runs, run.start - end);
+                    put_varint(&mut runs, run.end - run.start);
+                    end = run.end;
+                }
+                prop_assert_eq!(runs, bytes);
+            }
+        }
+
         #[test]
         fn numbers_survive(value: u64) {
             let mut bytes = Vec::new();
