@@ -66,6 +66,9 @@ impl Context {
                 hint: None,
             }),
             Input::Message(Message::Abort(abort)) => Err(abort.into()),
+            Input::Placed(round) if !state.moves(round) => {
+                Err(misbehaved("its lanes acknowledged a round that was not on its way"))
+            }
             Input::Tick if self.give_up_at(state).is_some_and(|at| now >= at) => Err(Failure {
                 reason: AbortReason::Timeout,
                 by_peer: false,

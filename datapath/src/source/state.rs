@@ -120,6 +120,11 @@ impl State {
             Self::Done(_) => Phase::Done,
         }
     }
+
+    /// Whether this round's pages are on their way.
+    pub(super) fn moves(&self, round: RoundIndex) -> bool {
+        matches!(self, Self::Moving(moving) if moving.round == round)
+    }
 }
 
 /// The source's state machine.

@@ -61,7 +61,7 @@ fn unforced(from: Phase, input: I, to: Phase) -> bool {
             I::Tick => true,
             I::Cancelled => from >= Deciding,
             // After the commit left, no command is out: a lane may go, the monitor may end.
-            I::Failed => from >= Committed,
+            I::Failed | I::Placed => from >= Committed,
             _ => from >= Releasing,
         }
 }
@@ -74,10 +74,13 @@ fn failing(from: Phase, input: I, to: Phase) -> bool {
         (Unwinding, I::Tick) => has_deadline(from) && from < Deciding,
         (Unwinding, I::Scanned) => from == Scanning, // It does not converge.
         (Unwinding, I::Digested) => from == Verifying, // Memory differs.
-        (Retracting, I::PeerLost | I::Failed) => from == Deciding,
+        (Unwinding, I::Placed) => (Attaching..Deciding).contains(&from), // Not on its way.
+        (Retracting, I::PeerLost | I::Failed | I::Placed) => from == Deciding,
         // After the commit left: the target's word that the guest never ran there and never will.
         (Retracting, I::Message) => matches!(from, Deciding | Committed),
-        (Done, I::PeerLost | I::Failed | I::Tick | I::Cancelled | I::Message) => from == Committed,
+        (Done, I::PeerLost | I::Tick | I::Message) => from == Committed,
+        // However often else it is disturbed, the wait ends.
+        (Done, I::Failed | I::Cancelled | I::Placed) => from == Committed,
         _ => false,
     }
 }

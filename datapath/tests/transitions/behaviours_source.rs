@@ -38,6 +38,18 @@ fn a_lane_that_goes_after_the_commit_does_not_end_the_wait_for_the_target() {
 }
 
 #[test]
+fn lanes_that_acknowledge_what_is_not_on_its_way_end_the_attempt_and_no_more() {
+    let placed = |round| Input::Placed(RoundIndex(round));
+    for (situation, round) in
+        [("Moving", 1), ("Closing", 0), ("Scanning", 0), ("LastScanning", 2), ("Saving", 3)]
+    {
+        assert_eq!(after(situation, placed(round)).phase(), Phase::Unwinding, "{situation}");
+    }
+    assert_eq!(after("Deciding", placed(3)).phase(), Phase::Retracting);
+    assert_eq!(after("Committed", placed(3)).phase(), Phase::Committed);
+}
+
+#[test]
 fn the_wait_for_the_target_ends_whatever_else_keeps_coming() {
     for late in [Input::Failed(failure()), Input::Cancelled, Input::Tick] {
         let mut walk = at("Committed");
