@@ -317,11 +317,8 @@ impl<'a> Session<'a> {
                 None
             }
             Command::EndDeviceState => Some(self.load_state()?),
-            Command::Resume => Some(self.resume()?),
-            Command::Unwind => {
-                self.unwind();
-                Some(Input::Unwound)
-            }
+            Command::Resume => Some(self.resume().unwrap_or_else(Input::NotResumed)),
+            Command::Unwind => Some(Input::Unwound { dropped: self.unwind() }),
         })
     }
 
@@ -425,28 +422,45 @@ impl<'a> Session<'a> {
     fn resume(&mut self) -> Result<Input, Failure> {
         let started = Instant::now();
         let took = self.monitor.as_mut().expect("inspected before").resume()?;
+        self.record_running();
         let late = started.elapsed().saturating_sub(took);
         Ok(Input::Resumed { took, late, cpu: host::cpu_time() })
     }
 
-    fn unwind(&mut self) {
+    /// Before the source hears that the guest runs and forgets its own record: one here that said
+    /// less than that would give the guest back to it.
+    fn record_running(&mut self) {
+        let Some(records) = &mut self.records else { return };
+        if let Err(error) = records.write(Decision::Running) {
+            tracing::warn!(%error, "that the guest runs here is not on record");
+            if let Some(Err(error)) = self.records.take().map(Records::remove) {
+                tracing::warn!(%error, "the record may say that the guest is the source's");
+            }
+        }
+    }
+
+    /// Whether what was loaded could be dropped.
+    fn unwind(&mut self) -> bool {
         self.digest = None;
         self.fence_lanes();
         self.stop_populating();
         // Before what was loaded is dropped: should the source have decided to hand over, and not
         // hear of this, it is the record here that gives the guest back to it.
-        let aborted = self.records.as_mut().map(|records| records.write(Decision::Aborted));
+        if let Some(Err(error)) = self.records.as_mut().map(|it| it.write(Decision::Aborted)) {
+            tracing::warn!(%error, "the end of this session is not on record");
+            if self.loaded {
+                return false;
+            }
+        }
         if let Some(monitor) = &mut self.monitor {
             monitor.unwind();
         }
         self.state = None;
-        if let Some(Err(error)) = aborted {
-            tracing::warn!(%error, "the end of this session is not on record");
-        }
         // Before it was loaded the source can't have decided.
         if let Some(records) = self.records.take_if(|_| !self.loaded) {
             records.forget();
         }
+        true
     }
 
     fn fence_lanes(&mut self) {
@@ -467,11 +481,7 @@ impl<'a> Session<'a> {
     fn finish(mut self, machine: Target, reader: thread::JoinHandle<()>) -> TargetResult {
         let total = self.now();
         let outcome = machine.outcome().expect("the loop ends with it").clone();
-        let records = self.records.take_if(|_| outcome == Outcome::Runs);
-        // The guest runs here whether or not this can be written.
-        if let Some(mut records) = records
-            && records.write(Decision::Running).is_ok()
-        {
+        if let Some(records) = self.records.take_if(|_| outcome == Outcome::Runs) {
             records.forget();
         }
         self.link.finish();

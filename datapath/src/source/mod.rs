@@ -24,10 +24,12 @@
 //! The `const` table of [`table`] has every transition; each one taken is checked against it.
 //!
 //! Who owns the guest, after a crash of either agent at any moment, is in the records: the target,
-//! if the source's says `handed-over` and the target's does not say `aborted`; the source in every
-//! other case. Each side keeps to it: the source's record says `handed-over` before the commit
-//! leaves and no longer says it when the guest runs here again; the target never lets the guest
-//! run without the commit, and its record says `aborted` before it drops what was loaded.
+//! if its own says `running`, or if the source's says `handed-over` and the target's does not say
+//! `aborted`; the source in every other case. Each side keeps to it: the source's record says
+//! `handed-over` before the commit leaves, until the target has said that the guest runs there, and
+//! no longer says it when the guest runs here again; the target never lets the guest run without
+//! the commit, its record says `running` before it tells the source so, and `aborted` before it
+//! drops what was loaded. (No record on either side: the session ended, and both knew how.)
 
 mod drain;
 mod ending;

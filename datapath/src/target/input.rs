@@ -42,8 +42,15 @@ pub enum Input {
         /// CPU time this agent has used.
         cpu: Duration,
     },
+    /// [`Command::Resume`] failed: the guest does not run here and never will. An answer of its own,
+    /// since a lane may go while the guest is on its way to running, and must not take it back.
+    NotResumed(Failure),
     /// [`Command::Unwind`] is done.
-    Unwound,
+    Unwound {
+        /// Nothing is left of the attempt. If not, device state was loaded, and that it will never
+        /// run here could not be written down: it stands here, paused.
+        dropped: bool,
+    },
     /// A command failed on this host, or a lane is gone.
     Failed(Failure),
     /// The control connection is gone.
@@ -66,6 +73,7 @@ pub enum InputKind {
     Digested,
     Loaded,
     Resumed,
+    NotResumed,
     Unwound,
     Failed,
     PeerLost,
@@ -84,6 +92,7 @@ impl InputKind {
         Self::Digested,
         Self::Loaded,
         Self::Resumed,
+        Self::NotResumed,
         Self::Unwound,
         Self::Failed,
         Self::PeerLost,
@@ -104,7 +113,8 @@ impl Input {
             Self::Digested { .. } => InputKind::Digested,
             Self::Loaded { .. } => InputKind::Loaded,
             Self::Resumed { .. } => InputKind::Resumed,
-            Self::Unwound => InputKind::Unwound,
+            Self::NotResumed(_) => InputKind::NotResumed,
+            Self::Unwound { .. } => InputKind::Unwound,
             Self::Failed(_) => InputKind::Failed,
             Self::PeerLost(_) => InputKind::PeerLost,
             Self::Cancelled => InputKind::Cancelled,
@@ -114,7 +124,8 @@ impl Input {
 }
 
 /// What the agent is to do. Carried out in the order given; each answers with its input, or with
-/// [`Input::Failed`]; [`Command::Unwind`] never fails.
+/// [`Input::Failed`]; [`Command::Unwind`] never fails, and [`Command::Resume`] has its own answer for
+/// that.
 #[derive(Debug)]
 pub enum Command {
     /// Send this to the source.
@@ -139,11 +150,12 @@ pub enum Command {
     FeedDeviceState(Vec<u8>),
     /// That was all; wait until the monitor has loaded it. Answer: [`Input::Loaded`].
     EndDeviceState,
-    /// Let the guest run here. Failing means that it does not and never will.
-    /// Answer: [`Input::Resumed`].
+    /// Let the guest run here, and write down durably that it does: the source, once it hears of it,
+    /// keeps no record. Answer: [`Input::Resumed`] or [`Input::NotResumed`].
     Resume,
     /// Leave nothing of the attempt behind. If device state was loaded, first write down durably
-    /// that it will never run here: the source may have decided to hand over, and ask.
+    /// that it will never run here, and drop it only then: the source may have decided to hand over,
+    /// and whoever reads both records would take it from here.
     /// Answer: [`Input::Unwound`].
     Unwind,
 }

@@ -133,7 +133,8 @@ impl Target {
         let state = match state {
             State::Done(_) => state,
             State::Unwinding(failure) => match input {
-                Input::Unwound => State::Done(Outcome::Failed(failure)),
+                Input::Unwound { dropped: true } => State::Done(Outcome::Failed(failure)),
+                Input::Unwound { dropped: false } => State::Done(Outcome::Uncertain(failure)),
                 _ => State::Unwinding(failure),
             },
             state => {
@@ -180,7 +181,12 @@ impl Target {
     fn failures(&self, state: &State, input: Input, now: Duration) -> Result<Input, Failure> {
         let phase = state.phase();
         match input {
-            Input::PeerLost(_) | Input::Cancelled if phase >= Phase::Resuming => Ok(Input::Tick),
+            // The guest may run by now: only the answer about that can end this.
+            Input::Failed(_) | Input::PeerLost(_) | Input::Cancelled
+                if phase >= Phase::Resuming =>
+            {
+                Ok(Input::Tick)
+            }
             // The memory was compared, or loaded from, as the last round left it.
             Input::Placed(_) if (Phase::Loading..=Phase::Ready).contains(&phase) => {
                 Err(misbehaved("its lanes went on after the last round"))
@@ -294,6 +300,7 @@ fn resuming(load: Duration, input: Input, out: &mut Vec<Command>) -> Step {
             })));
             Ok(State::Done(Outcome::Runs))
         }
+        Input::NotResumed(failure) => Err(failure),
         // Nothing the source says can call the guest back.
         Input::Message(_) => Ok(State::Resuming { load }),
         input => stay(State::Resuming { load }, input),

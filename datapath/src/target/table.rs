@@ -33,7 +33,7 @@ fn unforced(from: Phase, input: I, to: Phase) -> bool {
         && match input {
             I::Tick => true,
             // The commit has come: the guest runs here, whoever is still listening.
-            I::Cancelled | I::PeerLost | I::Placed | I::Message => from >= Resuming,
+            I::Cancelled | I::PeerLost | I::Placed | I::Message | I::Failed => from >= Resuming,
             _ => from >= Unwinding,
         }
 }
@@ -46,7 +46,8 @@ fn failing(from: Phase, input: I, to: Phase) -> bool {
         (Unwinding, I::Placed) => (Receiving..=Ready).contains(&from), // A round too many.
         (Unwinding, I::PeerLost) => from < Ready,
         (Done, I::PeerLost) => from == Ready,
-        (Unwinding, I::Failed) => from <= Resuming,
+        (Unwinding, I::Failed) => from <= Ready,
+        (Unwinding, I::NotResumed) => from == Resuming,
         (Unwinding, I::Tick) => limits::target_phase_max(from).is_some(),
         _ => false,
     }

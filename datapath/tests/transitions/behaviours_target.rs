@@ -78,9 +78,24 @@ fn a_loaded_guest_that_is_given_up_is_never_run_by_a_commit_that_was_on_its_way(
         assert_eq!(walk.phase(), Phase::Unwinding);
         walk.feed(Input::Message(Message::Commit));
         assert_eq!((walk.phase(), walk.gave().as_str()), (Phase::Unwinding, ""));
-        walk.feed(Input::Unwound);
+        walk.feed(Input::Unwound { dropped: true });
         assert!(matches!(walk.outcome(), Some(Outcome::Failed(_))));
     }
+}
+
+#[test]
+fn a_loaded_guest_whose_end_could_not_be_put_on_record_is_not_called_dropped() {
+    let mut walk = after("Ready", Input::Cancelled);
+    walk.feed(Input::Unwound { dropped: false });
+    assert!(matches!(walk.outcome(), Some(Outcome::Uncertain(_))));
+}
+
+#[test]
+fn a_lane_that_goes_while_the_guest_begins_to_run_does_not_take_it_back() {
+    let mut walk = after("Resuming", Input::Failed(failure()));
+    assert_eq!((walk.phase(), walk.gave().as_str()), (Phase::Resuming, ""));
+    walk.feed(Input::NotResumed(failure()));
+    assert_eq!(walk.gave(), "Send(Abort), Unwind");
 }
 
 #[test]

@@ -166,7 +166,13 @@ fn inputs() -> Vec<(String, Duration, Input)> {
             InputKind::Digested => digested(),
             InputKind::Loaded => loaded(),
             InputKind::Resumed => resumed(),
-            InputKind::Unwound => Input::Unwound,
+            InputKind::NotResumed => Input::NotResumed(failure()),
+            InputKind::Unwound => {
+                let dropped = Input::Unwound { dropped: true };
+                inputs.push(("Unwound".into(), soon, dropped));
+                inputs.push(("Unwound (not)".into(), soon, Input::Unwound { dropped: false }));
+                continue;
+            }
             InputKind::Failed => Input::Failed(failure()),
             InputKind::PeerLost => Input::PeerLost(failure()),
             InputKind::Cancelled => Input::Cancelled,
