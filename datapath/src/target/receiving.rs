@@ -10,7 +10,8 @@ use crate::source::Failure;
 /// Memory on its way in.
 #[derive(Debug)]
 pub(super) struct Receiving {
-    /// Pages whose bytes here are older than the guest's: announced by a round not yet closed.
+    /// Pages whose bytes here are older than the guest's: all of them until the first round has
+    /// closed, then what was announced by a round not yet closed.
     stale: DirtySet,
     /// The round on its way.
     current: Option<Current>,
@@ -47,7 +48,7 @@ struct Current {
 impl Receiving {
     pub(super) fn new(shape: Vec<(u64, u64)>) -> Self {
         Self {
-            stale: DirtySet::new(shape),
+            stale: DirtySet::full(shape),
             current: None,
             rounds: 0,
             placed: None,
@@ -142,7 +143,11 @@ impl Receiving {
         let placed = self.placed;
         let done = |c: &mut Current| c.cleared && c.ended && placed == Some(c.round);
         let Some(current) = self.current.take_if(done) else { return };
-        self.stale.subtract(&current.pages);
+        // What the first round did not bring is cleared, as the guest has it.
+        match current.round {
+            RoundIndex(0) => self.stale.clear(),
+            _ => self.stale.subtract(&current.pages),
+        }
         self.complete = current.last;
         out.push(Command::Send(Message::RoundClosed(current.round)));
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::control::{Message, MessageKind};
 use pageferry_datapath::ids::RoundIndex;
 use pageferry_datapath::target::{Input, Outcome, Phase};
@@ -96,6 +97,16 @@ fn a_lane_that_goes_while_the_guest_begins_to_run_does_not_take_it_back() {
     assert_eq!((walk.phase(), walk.gave().as_str()), (Phase::Resuming, ""));
     walk.feed(Input::NotResumed(failure()));
     assert_eq!(walk.gave(), "Send(Abort), Unwind");
+}
+
+#[test]
+fn every_page_is_stale_until_the_first_round_has_closed() {
+    for situation in ["Receiving", "Receiving (lanes ahead)", "Receiving (placed)"] {
+        let stale = at(situation).machine().stale().map(DirtySet::count);
+        assert_eq!(stale, Some(64), "{situation}");
+    }
+    let closed = at("Receiving (closed)");
+    assert!(closed.machine().stale().is_some_and(DirtySet::is_empty));
 }
 
 #[test]
