@@ -151,6 +151,8 @@ struct Agent<'a> {
     same_host: bool,
     path: Option<LanePath>,
     lanes: Option<Box<dyn SourceLanes>>,
+    /// Lanes opened; each has its part in every round.
+    lane_count: usize,
     lane_stats: Vec<LaneStats>,
     work: Option<Arc<RoundWork>>,
     placed: usize,
@@ -210,6 +212,7 @@ impl<'a> Agent<'a> {
             same_host: false,
             path: None,
             lanes: None,
+            lane_count: 0,
             lane_stats: Vec::new(),
             work: None,
             placed: 0,
@@ -327,12 +330,13 @@ impl<'a> Agent<'a> {
         }
     }
 
-    /// A round is placed when every lane has placed its part.
+    /// A round is placed when every lane has placed its part. Those that have failed are waited for
+    /// too: that they did may be heard after what the others placed.
     fn lane_event(&mut self, event: LaneEvent) -> Input {
         match event {
             LaneEvent::Placed { round, .. } => {
                 self.placed += 1;
-                match self.lanes.as_ref().is_some_and(|lanes| self.placed == lanes.alive()) {
+                match self.placed == self.lane_count {
                     true => Input::Placed(round),
                     false => Input::Tick,
                 }
@@ -393,6 +397,7 @@ impl<'a> Agent<'a> {
         self.memory = self.monitor.map_memory()?;
         let address = self.link.peer().ok_or_else(|| lost(&LinkError::Closed))?;
         self.path = choice.lanes.first().map(|lane| lane.path);
+        self.lane_count = choice.lanes.len();
         self.lanes = Some(lanes::open(
             address,
             self.session,
