@@ -1,0 +1,88 @@
+//! The bytes of each message as they are kept in `frames.golden`: what a peer of another version,
+//! or written by somebody else, has to send and will get.
+//!
+//! One line each: kind, the 16 bytes of the prefix, the header as it stands in the frame, the body
+//! or `-`.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use pageferry_datapath::control::{Message, MessageKind, encode};
+
+use crate::frames::{PREFIX_BYTES, decode_all, frame};
+use crate::messages::examples;
+
+const HINT: &str = "a change of these bytes shuts out peers of other versions; if that is meant: \
+                    PAGEFERRY_BLESS=1 cargo test -p pageferry-datapath --test control";
+
+fn file() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/control/frames.golden")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let digits = text.as_bytes().chunks(2).map(|two| std::str::from_utf8(two).expect("ASCII"));
+    digits.map(|two| u8::from_str_radix(two, 16).expect("two digits")).collect()
+}
+
+fn line(message: &Message) -> String {
+    let frame = encode(message);
+    let header_bytes = u32::from_le_bytes(frame[8..12].try_into().expect("four bytes"));
+    let (prefix, rest) = frame.split_at(PREFIX_BYTES);
+    let (header, body) = rest.split_at(header_bytes as usize);
+    let header = std::str::from_utf8(header).expect("JSON");
+    let body = if body.is_empty() { "-".into() } else { hex(body) };
+    format!("{:?} {} {header} {body}", message.kind(), hex(prefix))
+}
+
+/// The frame that a line stands for.
+fn bytes_of(line: &str) -> Vec<u8> {
+    let (start, body) = line.rsplit_once(' ').expect("a body");
+    let body = if body == "-" { Vec::new() } else { unhex(body) };
+    let mut fields = start.splitn(3, ' ').skip(1);
+    let prefix = unhex(fields.next().expect("a prefix"));
+    let header = fields.next().expect("a header");
+    [&prefix[..], header.as_bytes(), &body].concat()
+}
+
+#[test]
+fn every_message_has_the_bytes_it_always_had() {
+    let mut text = String::new();
+    for message in examples() {
+        writeln!(text, "{}", line(&message)).expect("a string");
+    }
+    if std::env::var_os("PAGEFERRY_BLESS").is_some() {
+        std::fs::write(file(), &text).expect("the file can be written");
+    }
+    let kept = std::fs::read_to_string(file()).expect("the file is there");
+    for (kept, now) in kept.lines().zip(text.lines()) {
+        assert_eq!(kept, now, "{HINT}");
+    }
+    assert_eq!(kept.lines().count(), MessageKind::ALL.len(), "one line for each kind; {HINT}");
+}
+
+#[test]
+fn the_bytes_that_are_kept_decode_to_what_they_were_made_of() {
+    let kept = std::fs::read_to_string(file()).expect("the file is there");
+    let bytes: Vec<u8> = kept.lines().flat_map(bytes_of).collect();
+    assert_eq!(decode_all(&bytes), (examples(), None));
+}
+
+#[test]
+fn what_older_peers_leave_out_is_taken_as_they_meant_it() {
+    let header = br#"{"cpu_us":4,"load_us":1,"resume_us":2}"#;
+    let (messages, error) = decode_all(&frame(MessageKind::Running as u8, header, b""));
+    assert_eq!(error, None);
+    assert!(matches!(messages[..], [Message::Running(running)] if running.late_us == 0));
+}
+
+#[test]
+fn a_reason_of_a_newer_peer_is_still_a_reason() {
+    let header = br#"{"reason":"solar-flare","text":"it flared","hint":null}"#;
+    let (messages, error) = decode_all(&frame(MessageKind::Abort as u8, header, b""));
+    assert_eq!(error, None);
+    assert!(matches!(&messages[..], [Message::Abort(abort)] if abort.text == "it flared"));
+}

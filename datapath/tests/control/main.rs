@@ -1,0 +1,7 @@
+//! The control protocol from outside: its bytes as they are kept, and what no bytes may do.
+
+mod frames;
+mod golden;
+mod hostile;
+mod messages;
+mod properties;

@@ -1,0 +1,194 @@
+//! Messages: one well-filled example of each kind, and any that an honest peer could send.
+
+use pageferry_datapath::control::{
+    Abort, AbortReason, Choice, DigestReport, Hello, LaneOffer, LaneTicket, Message, MessageKind,
+    Offer, Refused, RegionOffer, RoundStart, Running, SourceLimits, Ticket, Welcome,
+};
+use pageferry_datapath::ids::{RoundIndex, SessionId};
+use pageferry_datapath::lane::LanePath;
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+/// One of each kind, in the order of their numbers.
+pub(crate) fn examples() -> Vec<Message> {
+    MessageKind::ALL.iter().map(|kind| example(*kind)).collect()
+}
+
+fn example(kind: MessageKind) -> Message {
+    let (software, host, boot_id) = ("pageferry 0.1.0".into(), "blue".into(), "5f1c".into());
+    match kind {
+        MessageKind::Hello => {
+            let session = SessionId(0x0123_4567_89ab_cdef_0011_2233_4455_6677);
+            Message::Hello(Hello { session, software, host, boot_id })
+        }
+        MessageKind::Welcome => Message::Welcome(Welcome { software, host, boot_id }),
+        MessageKind::Offer => Message::Offer(offer()),
+        MessageKind::Choice => Message::Choice(choice()),
+        MessageKind::Prepare => Message::Prepare,
+        MessageKind::RoundStart => Message::RoundStart(RoundStart {
+            round: RoundIndex(3),
+            last: true,
+            bitmap: vec![0, 5, 1, 2, 3],
+        }),
+        MessageKind::RoundEnd => Message::RoundEnd(RoundIndex(3)),
+        MessageKind::RoundClosed => Message::RoundClosed(RoundIndex(3)),
+        MessageKind::Verify => Message::Verify,
+        MessageKind::DigestReport => {
+            Message::DigestReport(DigestReport { took_us: 1500, digest: (1..=16).collect() })
+        }
+        MessageKind::DeviceState => Message::DeviceState(vec![0xde, 0xad, 0xbe, 0xef]),
+        MessageKind::DeviceStateEnd => Message::DeviceStateEnd,
+        MessageKind::ReturnPath => Message::ReturnPath(vec![0x00, 0x04, 0x00, 0x04]),
+        MessageKind::Ready => Message::Ready,
+        MessageKind::Commit => Message::Commit,
+        MessageKind::Running => Message::Running(Running {
+            load_us: 3000,
+            resume_us: 1000,
+            late_us: 200,
+            cpu_us: 250_000,
+        }),
+        MessageKind::Abort => Message::Abort(Abort {
+            reason: AbortReason::VerificationFailed,
+            text: "the memory at the target differs".into(),
+            hint: Some("`pageferry probe` may tell what".into()),
+        }),
+        MessageKind::Prepared => Message::Prepared,
+    }
+}
+
+fn offer() -> Offer {
+    let region = |name: &str, bytes, page_bytes, backing: &str| RegionOffer {
+        name: name.into(),
+        bytes,
+        page_bytes,
+        backing: backing.into(),
+        populated_bytes: page_bytes,
+    };
+    Offer {
+        regions: vec![
+            region("pc.ram", 1 << 30, 2 << 20, "hugetlbfs"),
+            region("vga.vram", 16 << 20, 4096, "tmpfs"),
+        ],
+        monitor: "QEMU 7.2.22".into(),
+        machine: "pc-q35-7.2".into(),
+        lanes: LaneOffer {
+            count: None,
+            paths: vec![LanePath::TcpUring, LanePath::TcpPlain],
+            cpus: 2,
+        },
+        tracker: "uffd-two-phase".into(),
+        target_qmp: Some("/run/target.qmp".into()),
+        verify: true,
+        limits: SourceLimits { downtime_ms: 50 },
+    }
+}
+
+fn choice() -> Choice {
+    let ticket = Ticket(std::array::from_fn(|index| index as u8));
+    Choice {
+        lanes: vec![
+            LaneTicket { path: LanePath::TcpUring, ticket, cpu: Some(1) },
+            LaneTicket { path: LanePath::TcpUring, ticket: Ticket([0xff; 32]), cpu: None },
+        ],
+        refused: vec![Refused { what: "rdma".into(), reason: "no device at the target".into() }],
+    }
+}
+
+/// Any message that an honest peer could send.
+pub(crate) fn any_message() -> impl Strategy<Value = Message> {
+    let round = || any::<u32>().prop_map(RoundIndex);
+    let bytes = || vec(any::<u8>(), 0..300);
+    let state = || vec(any::<u8>(), 1..300);
+    prop_oneof![
+        (any::<u128>(), text(), text(), text()).prop_map(|(session, software, host, boot_id)| {
+            Message::Hello(Hello { session: SessionId(session), software, host, boot_id })
+        }),
+        (text(), text(), text()).prop_map(|(software, host, boot_id)| Message::Welcome(Welcome {
+            software,
+            host,
+            boot_id
+        })),
+        any_offer().prop_map(Message::Offer),
+        any_choice().prop_map(Message::Choice),
+        (round(), any::<bool>(), bytes()).prop_map(|(round, last, bitmap)| {
+            Message::RoundStart(RoundStart { round, last, bitmap })
+        }),
+        round().prop_map(Message::RoundEnd),
+        round().prop_map(Message::RoundClosed),
+        (any::<u64>(), bytes()).prop_map(|(took_us, digest)| {
+            Message::DigestReport(DigestReport { took_us, digest })
+        }),
+        state().prop_map(Message::DeviceState),
+        state().prop_map(Message::ReturnPath),
+        any::<[u64; 4]>().prop_map(|[load_us, resume_us, late_us, cpu_us]| {
+            Message::Running(Running { load_us, resume_us, late_us, cpu_us })
+        }),
+        (any_reason(), text(), option::of(text()))
+            .prop_map(|(reason, text, hint)| { Message::Abort(Abort { reason, text, hint }) }),
+        prop::sample::select(vec![
+            Message::Prepare,
+            Message::Prepared,
+            Message::Verify,
+            Message::DeviceStateEnd,
+            Message::Ready,
+            Message::Commit,
+        ]),
+    ]
+}
+
+fn text() -> impl Strategy<Value = String> {
+    prop_oneof!["[ -~]{0,20}", any::<String>()]
+}
+
+fn any_reason() -> impl Strategy<Value = AbortReason> {
+    prop::sample::select(vec![
+        AbortReason::Cancelled,
+        AbortReason::Refused,
+        AbortReason::HostFailed,
+        AbortReason::PeerMisbehaved,
+        AbortReason::Timeout,
+        AbortReason::VerificationFailed,
+        AbortReason::NotConverging,
+        AbortReason::Other,
+    ])
+}
+
+fn any_path() -> impl Strategy<Value = LanePath> {
+    prop::sample::select(vec![LanePath::TcpUring, LanePath::TcpPlain, LanePath::Rdma])
+}
+
+fn any_region() -> impl Strategy<Value = RegionOffer> {
+    (text(), 1..5000u64, 12..=30u32, 0..=100u64, text()).prop_map(
+        |(name, pages, page_shift, percent, backing)| {
+            let page_bytes = 1 << page_shift;
+            let bytes = pages * page_bytes;
+            RegionOffer { name, bytes, page_bytes, backing, populated_bytes: bytes / 100 * percent }
+        },
+    )
+}
+
+fn any_offer() -> impl Strategy<Value = Offer> {
+    let lanes = (option::of(any::<u16>()), vec(any_path(), 0..4), any::<u16>())
+        .prop_map(|(count, paths, cpus)| LaneOffer { count, paths, cpus });
+    let names = (text(), text(), text(), option::of(text()));
+    (vec(any_region(), 1..6), names, lanes, any::<bool>(), any::<u64>()).prop_map(
+        |(regions, (monitor, machine, tracker, target_qmp), lanes, verify, downtime_ms)| Offer {
+            regions,
+            monitor,
+            machine,
+            lanes,
+            tracker,
+            target_qmp,
+            verify,
+            limits: SourceLimits { downtime_ms },
+        },
+    )
+}
+
+fn any_choice() -> impl Strategy<Value = Choice> {
+    let lane = (any_path(), any::<[u8; 32]>(), option::of(any::<u16>()))
+        .prop_map(|(path, ticket, cpu)| LaneTicket { path, ticket: Ticket(ticket), cpu });
+    let refused = (text(), text()).prop_map(|(what, reason)| Refused { what, reason });
+    (vec(lane, 1..9), vec(refused, 0..4)).prop_map(|(lanes, refused)| Choice { lanes, refused })
+}
