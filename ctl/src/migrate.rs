@@ -6,7 +6,7 @@ use crossbeam_channel::Receiver;
 use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
 use pageferry_datapath::planner::{Goals, Stalled};
 use pageferry_datapath::source::{FailureKind, Outcome, Phase, SourceReport};
-use pageferry_uring::plan::PathWish;
+use pageferry_uring::plan::{PathWish, ZeroCopyWish};
 
 use crate::agent::lanes::LaneChoice;
 use crate::agent::monitor::GuestFacts;
@@ -61,7 +61,10 @@ fn options(args: &MigrateArgs) -> SourceOptions {
             count: args.lanes,
             cpus: cpus(args.cpus.as_ref()),
             path: path(args.no_io_uring),
-            zero_copy: args.zero_copy == ZeroCopyChoice::Auto,
+            zero_copy: match args.zero_copy {
+                ZeroCopyChoice::Auto => ZeroCopyWish::Try,
+                ZeroCopyChoice::Off => ZeroCopyWish::Not("asked for"),
+            },
         },
         goals: Goals {
             downtime: Duration::from_millis(args.downtime_ms),
@@ -218,7 +221,7 @@ fn summary(
         moved_bytes,
         wire_bytes: result.lanes.iter().map(|lane| lane.wire_bytes).sum(),
         zero_copy: zero_copy(&result.lanes),
-        zero_copy_reason: None,
+        zero_copy_reason: zero_copy_reason(&result.lanes),
         brownout_ms: timeline.brownout().map(ms),
         blackout_ms: timeline.blackout().map(ms),
         blackout_predicted_ms: result.report.predicted_blackout.map(ms),
@@ -256,6 +259,13 @@ fn zero_copy(lanes: &[LaneStats]) -> ZeroCopy {
         (false, false) if !lanes.is_empty() => ZeroCopy::Yes,
         _ => ZeroCopy::Off,
     }
+}
+
+/// Of the first lane that did not send from guest memory, or of the first of all.
+fn zero_copy_reason(lanes: &[LaneStats]) -> Option<String> {
+    let overall = zero_copy(lanes);
+    let lane = lanes.iter().find(|lane| lane.zero_copy == overall)?;
+    Some(lane.zero_copy_reason.clone())
 }
 
 fn detail((lane, stats): (usize, &LaneStats)) -> LaneDetail {

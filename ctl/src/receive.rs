@@ -3,6 +3,7 @@
 use crossbeam_channel::Receiver;
 use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::Outcome;
+use pageferry_uring::plan::ZeroCopyWish;
 
 use crate::agent::acceptor::Acceptor;
 use crate::agent::failure;
@@ -34,7 +35,7 @@ pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
             count: Some(args.lanes_max),
             cpus: cpus(args.cpus.as_ref()),
             path: path(args.no_io_uring),
-            zero_copy: false,
+            zero_copy: ZeroCopyWish::Not("a target sends nothing"),
         },
         qmp: args.qmp.clone(),
         state_dir: args.state_dir.clone(),

@@ -51,6 +51,8 @@ pub struct LaneStats {
     pub path_reason: String,
     /// Zero-copy state at the end.
     pub zero_copy: ZeroCopy,
+    /// Why: what was asked for, what the kernel refused or reported.
+    pub zero_copy_reason: String,
     /// The core its worker was pinned to.
     pub cpu: Option<usize>,
     /// Bytes of guest memory moved.

@@ -23,7 +23,9 @@ use pageferry_datapath::region::{GuestMemory, Region};
 use pageferry_datapath::work::RoundWork;
 use pageferry_uring::ceiling::Ceiling;
 use pageferry_uring::greet;
-use pageferry_uring::plan::{ConnectPlan, LanePlan, PathWish, SocketTuning, TargetLaneConfig};
+use pageferry_uring::plan::{
+    ConnectPlan, LanePlan, PathWish, SocketTuning, TargetLaneConfig, ZeroCopyWish,
+};
 use pageferry_uring::source::LanePool;
 use pageferry_uring::target::TargetLane;
 
@@ -53,7 +55,7 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 
 enum Kind {
     Ceiling { chunk_bytes: u64 },
-    Lanes { source: PathWish, target: PathWish, zero_copy: bool },
+    Lanes { source: PathWish, target: PathWish, zero_copy: ZeroCopyWish },
 }
 
 /// Where the two ends of lane i run, on two cores.
@@ -139,14 +141,18 @@ fn variants(options: &Options) -> Vec<Variant> {
                 all.push(Variant { name, kind, lanes, placed, tuning });
                 let paths = [PathWish::Plain, PathWish::Uring];
                 for (source, target) in paths.into_iter().flat_map(|s| paths.map(|t| (s, t))) {
-                    let kind = Kind::Lanes { source, target, zero_copy: false };
+                    let kind =
+                        Kind::Lanes { source, target, zero_copy: ZeroCopyWish::Not("left out") };
                     let name = format!("{source:?} to {target:?} x{lanes} {placed:?} {tail}");
                     all.push(Variant { name, kind, lanes, placed, tuning });
                 }
             }
         }
-        let kind =
-            Kind::Lanes { source: PathWish::Uring, target: PathWish::Uring, zero_copy: true };
+        let kind = Kind::Lanes {
+            source: PathWish::Uring,
+            target: PathWish::Uring,
+            zero_copy: ZeroCopyWish::Try,
+        };
         let name = format!("Uring, zero-copy asked for x2 Together {tail}");
         all.push(Variant { name, kind, lanes: 2, placed: Placed::Together, tuning });
     }
@@ -196,7 +202,7 @@ fn move_once(
     to: &GuestMemory,
     source: PathWish,
     target: PathWish,
-    zero_copy: bool,
+    zero_copy: ZeroCopyWish,
 ) -> Outcome<(Duration, f64, Vec<LaneStats>)> {
     let placed = variant.placed;
     let listener = TcpListener::bind("127.0.0.1:0")?;

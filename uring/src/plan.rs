@@ -20,6 +20,15 @@ pub enum PathWish {
     Plain,
 }
 
+/// Whether lanes send from guest memory without copying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroCopyWish {
+    /// Where the kernel can, until it reports that it copied all the same.
+    Try,
+    /// No, for this reason, which the lanes' statistics repeat.
+    Not(&'static str),
+}
+
 /// How a lane's sockets differ from the system's defaults. The default is to leave all of it to the
 /// kernel, which a long fat link needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,8 +77,8 @@ pub struct ConnectPlan {
     pub session: SessionId,
     /// The lanes; at least one.
     pub lanes: Vec<LanePlan>,
-    /// Send from guest memory without copying, until the kernel reports that it copies.
-    pub zero_copy: bool,
+    /// Whether to send from guest memory without copying.
+    pub zero_copy: ZeroCopyWish,
     /// Which system calls to use.
     pub path: PathWish,
     /// How the sockets are tuned.
@@ -88,7 +97,7 @@ impl ConnectPlan {
             addr,
             session,
             lanes,
-            zero_copy: true,
+            zero_copy: ZeroCopyWish::Try,
             path: PathWish::Auto,
             tuning: SocketTuning::default(),
             connect_wait: limits::CONNECT_WAIT_MAX,

@@ -22,12 +22,11 @@ impl Tally {
         Self { moved_bytes: 0, wire_bytes: 0, batch_ns: histogram(), barrier_ns: histogram() }
     }
 
-    /// The end result. Called on the worker's thread: its CPU time is read here.
+    /// The end result: the path and zero-copy each with its reason. Called on the worker's thread: its CPU time is read here.
     pub(crate) fn finish(
         self,
-        path: LanePath,
-        path_reason: String,
-        zero_copy: ZeroCopy,
+        (path, path_reason): (LanePath, String),
+        (zero_copy, zero_copy_reason): (ZeroCopy, String),
         cpu: Option<usize>,
         syscalls: u64,
     ) -> LaneStats {
@@ -35,6 +34,7 @@ impl Tally {
             path,
             path_reason,
             zero_copy,
+            zero_copy_reason,
             cpu,
             moved_bytes: self.moved_bytes,
             wire_bytes: self.wire_bytes,

@@ -16,7 +16,7 @@ use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
 use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
 use pageferry_datapath::region::GuestMemory;
 
-use crate::plan::TargetLaneConfig;
+use crate::plan::{TargetLaneConfig, ZeroCopyWish};
 use crate::socket;
 use crate::stats::{Tally, record};
 use crate::sys::{Order, Parcel};
@@ -45,8 +45,8 @@ impl TargetLane {
             .and_then(|()| Line::new(stream, config.progress_wait))
             .map_err(|source| LaneError::Host { lane, call: "setsockopt", source })?;
         let line = Arc::new(line);
-        let start =
-            Start { end: "target", lane, cpu: config.cpu, path: config.path, zero_copy: false };
+        let zero_copy = ZeroCopyWish::Not("a target sends nothing");
+        let start = Start { end: "target", lane, cpu: config.cpu, path: config.path, zero_copy };
         let theirs = Arc::clone(&line);
         let worker = Worker::start(start, &line, move |wire, cpu| {
             let mut receiver = Receiver::new(lane, theirs, memory, events, wire);

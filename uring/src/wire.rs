@@ -15,7 +15,7 @@ use pageferry_datapath::ids::LaneId;
 use pageferry_datapath::lane::{LaneError, LanePath, LaneStats, ZeroCopy};
 
 use crate::plain::PlainWire;
-use crate::plan::PathWish;
+use crate::plan::{PathWish, ZeroCopyWish};
 use crate::ring::RingWire;
 use crate::stats::Tally;
 use crate::sys::{self, Parcel};
@@ -239,19 +239,21 @@ pub(crate) struct Wire {
 #[derive(Debug)]
 enum Means {
     Plain(PlainWire),
-    Ring(Box<RingWire>),
+    Ring(Box<RingWire>, ZeroCopyWish),
 }
 
 impl Wire {
     /// Opens what is wished for, on the thread that will use it.
-    pub(crate) fn open(path: PathWish, zero_copy: bool) -> Result<Self, WireError> {
+    pub(crate) fn open(path: PathWish, zero_copy: ZeroCopyWish) -> Result<Self, WireError> {
         let reason = match path {
             PathWish::Plain => return Ok(Self::plain("asked for")),
             PathWish::Uring => "asked for",
             PathWish::Auto => "available",
         };
-        match RingWire::new(zero_copy) {
-            Ok(ring) => Ok(Self { means: Means::Ring(Box::new(ring)), reason: reason.into() }),
+        match RingWire::new(zero_copy == ZeroCopyWish::Try) {
+            Ok(ring) => {
+                Ok(Self { means: Means::Ring(Box::new(ring), zero_copy), reason: reason.into() })
+            }
             Err(error) if path == PathWish::Auto => {
                 Ok(Self::plain(format!("io_uring is not to be had: {error}")))
             }
@@ -268,7 +270,7 @@ impl Wire {
     pub(crate) fn blank(&mut self, line: &Line) -> Result<Box<Parcel>, WireError> {
         match &mut self.means {
             Means::Plain(wire) => Ok(wire.blank()),
-            Means::Ring(wire) => wire.blank(line),
+            Means::Ring(wire, _) => wire.blank(line),
         }
     }
 
@@ -277,7 +279,7 @@ impl Wire {
     pub(crate) fn send(&mut self, line: &Line, parcel: Box<Parcel>) -> Result<(), WireError> {
         match &mut self.means {
             Means::Plain(wire) => wire.send(line, parcel),
-            Means::Ring(wire) => wire.send(line, parcel),
+            Means::Ring(wire, _) => wire.send(line, parcel),
         }
     }
 
@@ -290,25 +292,30 @@ impl Wire {
     ) -> Result<Box<Parcel>, WireError> {
         match &mut self.means {
             Means::Plain(wire) => wire.receive(line, parcel, idle),
-            Means::Ring(wire) => wire.receive(line, parcel, idle),
+            Means::Ring(wire, _) => wire.receive(line, parcel, idle),
         }
     }
 
     /// Ends the wire, whatever state it is in; returns when the kernel touches none of its memory
     /// any more. The line was hung up before.
     pub(crate) fn finish(self, line: &Line, tally: Tally, cpu: Option<usize>) -> LaneStats {
-        let Self { means, mut reason } = self;
+        let Self { means, reason } = self;
         match means {
             Means::Plain(wire) => {
-                tally.finish(LanePath::TcpPlain, reason, ZeroCopy::Off, cpu, wire.syscalls())
+                let why = "plain sockets copy".to_owned();
+                let path = (LanePath::TcpPlain, reason);
+                tally.finish(path, (ZeroCopy::Off, why), cpu, wire.syscalls())
             }
-            Means::Ring(mut wire) => {
+            Means::Ring(mut wire, wish) => {
                 wire.settle(line);
-                if let Some(error) = wire.refusal() {
-                    reason.push_str(&format!("; zero-copy refused: {error}"));
-                }
-                let (zero_copy, syscalls) = (wire.zero_copy(), wire.syscalls());
-                tally.finish(LanePath::TcpUring, reason, zero_copy, cpu, syscalls)
+                let why = match (wire.zero_copy(), wire.refusal(), wish) {
+                    (_, Some(error), _) => format!("the kernel refused: {error}"),
+                    (ZeroCopy::Copied, ..) => "the kernel reported that it copied".to_owned(),
+                    (_, _, ZeroCopyWish::Not(reason)) => reason.to_owned(),
+                    _ => "the kernel sends from guest memory".to_owned(),
+                };
+                let (zero_copy, syscalls) = ((wire.zero_copy(), why), wire.syscalls());
+                tally.finish((LanePath::TcpUring, reason), zero_copy, cpu, syscalls)
             }
         }
     }

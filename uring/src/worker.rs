@@ -8,7 +8,7 @@ use pageferry_datapath::ids::LaneId;
 use pageferry_datapath::lane::{LaneError, LaneStats};
 
 use crate::placement;
-use crate::plan::PathWish;
+use crate::plan::{PathWish, ZeroCopyWish};
 use crate::wire::{Line, Wire};
 
 /// What a worker's thread starts with.
@@ -19,7 +19,7 @@ pub(crate) struct Start {
     pub(crate) lane: LaneId,
     pub(crate) cpu: Option<usize>,
     pub(crate) path: PathWish,
-    pub(crate) zero_copy: bool,
+    pub(crate) zero_copy: ZeroCopyWish,
 }
 
 /// A started worker.

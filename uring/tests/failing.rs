@@ -10,7 +10,7 @@ use pageferry_datapath::extent::Extent;
 use pageferry_datapath::ids::LaneId;
 use pageferry_datapath::lane::{LaneError, LaneEvent, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
-use pageferry_uring::plan::PathWish;
+use pageferry_uring::plan::{PathWish, ZeroCopyWish};
 use support::{SOON, Session, contents, extent, fill, memory, next, same};
 
 const PATHS: [PathWish; 2] = [PathWish::Plain, PathWish::Uring];
@@ -104,7 +104,7 @@ fn a_fence_while_nothing_moves_returns_at_once() {
 #[test]
 fn an_aborted_source_is_noticed_and_lets_go_of_memory() {
     for path in PATHS {
-        for zero_copy in [false, true] {
+        for zero_copy in [ZeroCopyWish::Not("to be tried"), ZeroCopyWish::Try] {
             let guests = (filled(3), memory(&[BYTES]));
             let mut session =
                 Session::open(2, guests, (path, path), |plan| plan.zero_copy = zero_copy);

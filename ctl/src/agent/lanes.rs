@@ -12,7 +12,9 @@ use pageferry_datapath::ids::{LaneId, SessionId};
 use pageferry_datapath::lane::{LaneEvent, LanePath, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
-use pageferry_uring::plan::{ConnectPlan, LanePlan, PathWish, SocketTuning, TargetLaneConfig};
+use pageferry_uring::plan::{
+    ConnectPlan, LanePlan, PathWish, SocketTuning, TargetLaneConfig, ZeroCopyWish,
+};
 use pageferry_uring::source::LanePool;
 
 use super::failure;
@@ -29,8 +31,8 @@ pub struct LaneChoice {
     pub cpus: Vec<usize>,
     /// Which system calls to use.
     pub path: PathWish,
-    /// Send from guest memory without copying where the kernel can.
-    pub zero_copy: bool,
+    /// Whether to send from guest memory without copying.
+    pub zero_copy: ZeroCopyWish,
 }
 
 impl LaneChoice {
@@ -109,8 +111,13 @@ pub fn open(
         bind: None,
     });
     let plan = ConnectPlan {
-        // On one machine every byte is copied anyway: the kernel would only say so later.
-        zero_copy: lanes.zero_copy && !same_host,
+        // The kernel would only say so later.
+        zero_copy: match lanes.zero_copy {
+            ZeroCopyWish::Try if same_host => {
+                ZeroCopyWish::Not("on one machine every byte is copied")
+            }
+            wish => wish,
+        },
         path: lanes.path,
         tuning: tuning(same_host),
         ..ConnectPlan::new(address, session, plans.collect())

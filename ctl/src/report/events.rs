@@ -125,7 +125,8 @@ pub struct Brownout {
 pub struct Blackout {
     /// Since the attempt began, at its end.
     pub at_ms: f64,
-    /// From asking the source to pause until the target said that the guest runs.
+    /// From asking the source to pause until the guest runs at the target, by the target's word
+    /// and with that word's way.
     pub blackout_ms: f64,
     /// What was predicted when the switchover was decided.
     pub blackout_predicted_ms: Option<f64>,
@@ -243,7 +244,7 @@ pub struct Summary {
     pub wire_bytes: u64,
     /// Whether the kernel sent from guest memory without copying.
     pub zero_copy: ZeroCopy,
-    /// Why not, if not.
+    /// Why: what was asked for, or what the kernel refused or reported.
     pub zero_copy_reason: Option<String>,
     /// From the first page moved until the guest was paused.
     pub brownout_ms: Option<f64>,

@@ -53,6 +53,7 @@ fn what_lanes_and_scans_counted_is_all_there() {
         path: LanePath::TcpPlain,
         path_reason: "asked for".into(),
         zero_copy: ZeroCopy::Off,
+            zero_copy_reason: String::new(),
         cpu: None,
         moved_bytes: 1,
         wire_bytes: 1,
