@@ -5,7 +5,7 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
 use pageferry_datapath::planner::{Goals, Stalled};
-use pageferry_datapath::source::{FailureKind, Outcome, Phase, SourceReport};
+use pageferry_datapath::source::{FailureKind, Outcome, Phase, RoundReport, SourceReport};
 use pageferry_uring::plan::{PathWish, ZeroCopyWish};
 
 use crate::agent::lanes::LaneChoice;
@@ -196,7 +196,7 @@ fn summary(
 ) -> Summary {
     let timeline = Timeline::new(&result.report, result.total);
     let rounds = &result.report.rounds;
-    let moved_bytes = rounds.iter().map(|round| round.bytes).sum();
+    let moved_bytes = rounds.iter().map(RoundReport::moved_bytes).sum();
     let moving = rounds.iter().map(|round| round.took).sum();
     let migrated = result.outcome == Outcome::Migrated;
     let failure = match &result.outcome {
@@ -219,6 +219,7 @@ fn summary(
         guest_bytes: guest_bytes(facts),
         populated_bytes: result.report.populated_bytes,
         moved_bytes,
+        zero_bytes: rounds.iter().map(|round| round.zero_bytes).sum(),
         wire_bytes: result.lanes.iter().map(|lane| lane.wire_bytes).sum(),
         zero_copy: zero_copy(&result.lanes),
         zero_copy_reason: zero_copy_reason(&result.lanes),
@@ -276,6 +277,7 @@ fn detail((lane, stats): (usize, &LaneStats)) -> LaneDetail {
         cpu: stats.cpu,
         zero_copy: stats.zero_copy,
         moved_bytes: stats.moved_bytes,
+        zero_bytes: stats.zero_bytes,
         wire_bytes: stats.wire_bytes,
         syscalls: stats.syscalls,
         cpu_seconds: stats.cpu_ns as f64 / 1e9,

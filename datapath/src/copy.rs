@@ -50,6 +50,55 @@ pub(crate) unsafe fn copy_volatile(from: *const u8, into: *mut u8, len: usize) {
     }
 }
 
+/// Whether `words` words are zero; reads on only until one is not.
+///
+/// # Safety
+/// - `from` is readable for `words * 8` bytes, and aligned to 8.
+pub(crate) unsafe fn is_zero_volatile(from: *const u64, words: usize) -> bool {
+    // Four at a time keep the loads apart from the comparison.
+    const STEP: usize = 4;
+    // SAFETY: `index < words`.
+    let word = |index| unsafe { from.add(index).read_volatile() };
+    let mut index = 0;
+    while index + STEP <= words {
+        if word(index) | word(index + 1) | word(index + 2) | word(index + 3) != 0 {
+            return false;
+        }
+        index += STEP;
+    }
+    (index..words).all(|index| word(index) == 0)
+}
+
+/// Writes zeros over `len` bytes.
+///
+/// # Safety
+/// - `into` is writable for `len` bytes.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn clear_volatile(into: *mut u8, len: usize) {
+    // SAFETY: as in `copy_volatile`, for the one range.
+    unsafe {
+        std::arch::asm!(
+            "rep stosb",
+            inout("rcx") len => _,
+            inout("rdi") into => _,
+            in("al") 0u8,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Writes zeros over `len` bytes.
+///
+/// # Safety
+/// - `into` is writable for `len` bytes.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) unsafe fn clear_volatile(into: *mut u8, len: usize) {
+    for index in 0..len {
+        // SAFETY: `index < len`.
+        unsafe { into.add(index).write_volatile(0) };
+    }
+}
+
 /// Writes a byte with the value it has, in one instruction that no other write can come between.
 /// (An atomic `fetch_or(0)` will not do: compilers turn it into a fence and a load.)
 ///

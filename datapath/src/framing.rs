@@ -9,7 +9,7 @@
 //!             | 255 x entry (16 bytes), unused ones zero
 //! entry    := region u16 | kind u16 | len u32 | offset u64      (batch)
 //!             round u32, rest zero                              (barrier, first entry)
-//! payload  := the bytes of entry 0, of entry 1, ...
+//! payload  := the bytes of the first data entry, of the second, ... (zero entries have none)
 //! ```
 //!
 //! Headers have one fixed size so that the target can take a batch's payload and the next header
@@ -31,6 +31,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::extent::Extent;
 use crate::ids::{LaneId, RegionIndex, RoundIndex};
 use crate::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, PAGE_BYTES_MIN};
+use crate::zero::Sorted;
 
 /// Size of every frame header.
 pub const HEADER_BYTES: usize = 4096;
@@ -46,8 +47,10 @@ const KIND_BATCH: u8 = 1;
 const KIND_BARRIER: u8 = 2;
 const KIND_CLOSE: u8 = 3;
 
-/// An extent whose bytes follow as they are. Other values are free for zero pages and compression.
+/// An extent whose bytes follow as they are.
 const EXTENT_DATA: u16 = 0;
+/// An extent that is to read as zeros; nothing follows. Other values are free for compression.
+const EXTENT_ZERO: u16 = 1;
 
 const ENTRY_BYTES: usize = 16;
 const ENTRIES_AT: usize = HEADER_BYTES - BATCH_EXTENTS_MAX * ENTRY_BYTES;
@@ -107,9 +110,9 @@ pub enum FramingError {
         /// Its length in bytes.
         len: u32,
     },
-    /// More payload than a batch may have.
+    /// More memory than a batch may have.
     #[error("batch of {bytes} bytes is above {BATCH_BYTES_MAX}")]
-    PayloadBytes {
+    BatchBytes {
         /// The sum of the lengths.
         bytes: u64,
     },
@@ -121,9 +124,9 @@ pub enum FramingError {
 /// What a frame says, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// Payload follows, for the extents the reader filled in.
+    /// Payload follows for the data extents that the reader filled in, if there are any.
     Batch {
-        /// Sum of the extents' lengths, at most [`BATCH_BYTES_MAX`].
+        /// Sum of the data extents' lengths, at most [`BATCH_BYTES_MAX`].
         payload_bytes: u64,
     },
     /// Acknowledge when everything before is placed.
@@ -149,22 +152,26 @@ impl LaneWriter {
         Self::default()
     }
 
-    /// Encodes a batch's header.
+    /// Encodes the header of a batch: extents whose bytes follow, and extents that are zero.
     ///
     /// # Panics
-    /// If the batch breaks the limits of [`RoundWork::next_batch`](crate::work::RoundWork): the
+    /// If both together break the limits of [`RoundWork::next_batch`](crate::work::RoundWork): the
     /// caller's bug, and the target would refuse the lane.
-    pub fn batch(&mut self, extents: &[Extent], header: &mut HeaderBytes) {
-        assert!(!extents.is_empty() && extents.len() <= BATCH_EXTENTS_MAX);
-        assert!(extents.iter().map(|e| e.len).sum::<u64>() <= BATCH_BYTES_MAX);
+    pub fn batch(&mut self, data: &[Extent], zero: &[Extent], header: &mut HeaderBytes) {
+        let count = data.len() + zero.len();
+        assert!((1..=BATCH_EXTENTS_MAX).contains(&count));
+        assert!(data.iter().chain(zero).map(|e| e.len).sum::<u64>() <= BATCH_BYTES_MAX);
         header[ENTRIES_AT..].fill(0);
-        for (entry, extent) in header[ENTRIES_AT..].chunks_exact_mut(ENTRY_BYTES).zip(extents) {
+        let kinds = data.iter().map(|e| (e, EXTENT_DATA));
+        let kinds = kinds.chain(zero.iter().map(|e| (e, EXTENT_ZERO)));
+        let entries = header[ENTRIES_AT..].chunks_exact_mut(ENTRY_BYTES);
+        for (entry, (extent, kind)) in entries.zip(kinds) {
             entry[0..2].copy_from_slice(&extent.region.0.to_le_bytes());
-            entry[2..4].copy_from_slice(&EXTENT_DATA.to_le_bytes());
+            entry[2..4].copy_from_slice(&kind.to_le_bytes());
             entry[4..8].copy_from_slice(&(extent.len as u32).to_le_bytes());
             entry[8..16].copy_from_slice(&extent.offset.to_le_bytes());
         }
-        self.seal(KIND_BATCH, extents.len() as u16, header);
+        self.seal(KIND_BATCH, count as u16, header);
     }
 
     /// Encodes a barrier; returns its number, which the acknowledgement must repeat.
@@ -213,9 +220,10 @@ impl LaneReader {
     pub fn frame(
         &mut self,
         header: &HeaderBytes,
-        extents: &mut Vec<Extent>,
+        extents: &mut Sorted,
     ) -> Result<Frame, FramingError> {
-        extents.clear();
+        extents.data.clear();
+        extents.zero.clear();
         check_seal(header)?;
         let kind = header[3];
         let seq = u32_at(header, 4);
@@ -248,14 +256,11 @@ impl LaneReader {
         Ok(frame)
     }
 
-    fn entries(&self, entries: &[u8], extents: &mut Vec<Extent>) -> Result<u64, FramingError> {
-        let mut payload_bytes = 0;
+    fn entries(&self, entries: &[u8], extents: &mut Sorted) -> Result<u64, FramingError> {
+        let (mut bytes, mut payload_bytes) = (0, 0);
         for entry in entries.chunks_exact(ENTRY_BYTES) {
             let (region, kind) = (u16_at(entry, 0), u16_at(entry, 2));
             let (len, offset) = (u32_at(entry, 4), u64_at(entry, 8));
-            if kind != EXTENT_DATA {
-                return Err(FramingError::ExtentKind { kind });
-            }
             let region_bytes = self.region_bytes.get(usize::from(region)).copied().unwrap_or(0);
             let whole_pages = offset % PAGE_BYTES_MIN == 0 && u64::from(len) % PAGE_BYTES_MIN == 0;
             let inside = offset.checked_add(len.into()).is_some_and(|end| end <= region_bytes);
@@ -263,11 +268,19 @@ impl LaneReader {
                 return Err(FramingError::Extent { region, offset, len });
             }
             // Cannot overflow: at most 255 lengths of 32 bits.
-            payload_bytes += u64::from(len);
-            extents.push(Extent { region: RegionIndex(region), offset, len: len.into() });
+            bytes += u64::from(len);
+            let extent = Extent { region: RegionIndex(region), offset, len: len.into() };
+            match kind {
+                EXTENT_DATA => {
+                    payload_bytes += extent.len;
+                    extents.data.push(extent);
+                }
+                EXTENT_ZERO => extents.zero.push(extent),
+                kind => return Err(FramingError::ExtentKind { kind }),
+            }
         }
-        if payload_bytes > BATCH_BYTES_MAX {
-            return Err(FramingError::PayloadBytes { bytes: payload_bytes });
+        if bytes > BATCH_BYTES_MAX {
+            return Err(FramingError::BatchBytes { bytes });
         }
         Ok(payload_bytes)
     }

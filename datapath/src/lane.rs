@@ -55,8 +55,10 @@ pub struct LaneStats {
     pub zero_copy_reason: String,
     /// The core its worker was pinned to.
     pub cpu: Option<usize>,
-    /// Bytes of guest memory moved.
+    /// Bytes of guest memory moved, zero pages not counted.
     pub moved_bytes: u64,
+    /// Bytes of guest memory that were zero, and did not travel.
+    pub zero_bytes: u64,
     /// The same with headers.
     pub wire_bytes: u64,
     /// System calls of the worker's loop.
@@ -171,6 +173,9 @@ pub trait SourceLanes: Send {
 
     /// Bytes of guest memory handed to the transport so far, all lanes together; cheap.
     fn moved_bytes(&self) -> u64;
+
+    /// Bytes of guest memory found to be zero so far, all lanes together; cheap.
+    fn zero_bytes(&self) -> u64;
 
     /// Closes every lane, joins the workers, and returns their counters. After an abort the
     /// connections are reset rather than drained.

@@ -27,3 +27,4 @@ mod testing;
 mod thp;
 pub mod tracker;
 pub mod work;
+pub mod zero;

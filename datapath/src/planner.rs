@@ -56,7 +56,7 @@ pub struct Measured {
     pub dirty_bytes: u64,
     /// Time in which they became dirty.
     pub dirty_time: Duration,
-    /// Bytes the lanes have moved, and the time they took: the bandwidth.
+    /// Bytes the lanes have moved, zero pages not counted, and the time they took: the bandwidth.
     pub moved_bytes: u64,
     /// See `moved_bytes`.
     pub moved_time: Duration,

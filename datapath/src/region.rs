@@ -18,7 +18,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
 use crate::backing::Backing;
-use crate::copy::{copy_volatile, touch_volatile};
+use crate::copy::{clear_volatile, copy_volatile, is_zero_volatile, touch_volatile};
 use crate::extent::Extent;
 use crate::ids::RegionIndex;
 
@@ -316,6 +316,24 @@ impl Lease {
         let byte = self.inside(at, 1)?;
         // SAFETY: valid for reads and writes: `inside` checked it, the lease keeps it mapped.
         unsafe { touch_volatile(byte) };
+        Ok(())
+    }
+
+    /// Whether the `len` bytes at `at` are zero; both are multiples of 8.
+    pub fn is_zero(&self, at: u64, len: usize) -> Result<bool, RegionError> {
+        let from = self.inside(at, len)?;
+        assert!(from.addr().is_multiple_of(8) && len.is_multiple_of(8));
+        // SAFETY:
+        // - readable for `len`: `inside` checked it, the lease keeps it mapped.
+        // - aligned: just asserted.
+        Ok(unsafe { is_zero_volatile(from.cast(), len / 8) })
+    }
+
+    /// Writes zeros over the `len` bytes at `at`.
+    pub fn clear(&self, at: u64, len: usize) -> Result<(), RegionError> {
+        let into = self.inside(at, len)?;
+        // SAFETY: writable for `len`: `inside` checked it, the lease keeps it mapped.
+        unsafe { clear_volatile(into, len) };
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use pageferry_datapath::framing::hello::{Greeting, Hello, Refusal, Reply, Ticket
 use pageferry_datapath::framing::{Ack, Frame, FramingError, HEADER_BYTES, LaneReader, LaneWriter};
 use pageferry_datapath::ids::{LaneId, RegionIndex, RoundIndex, SessionId};
 use pageferry_datapath::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX};
+use pageferry_datapath::zero::Sorted;
 use proptest::prelude::*;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -22,7 +23,7 @@ fn reseal(header: &mut [u8; HEADER_BYTES]) {
 }
 
 fn read(header: &[u8; HEADER_BYTES]) -> Result<Frame, FramingError> {
-    LaneReader::new(REGIONS).frame(header, &mut Vec::new())
+    LaneReader::new(REGIONS).frame(header, &mut Sorted::new())
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -48,11 +49,11 @@ fn golden_bytes_stay_what_they_are() {
         "50464c41010003000700000009000000000000000000000000000000efc76e26"
     );
     let (mut writer, mut header) = (LaneWriter::new(), [0xff; HEADER_BYTES]);
-    writer.batch(&[extent(0, 0x12_3000, 0x2000), extent(1, 0, 0x1000)], &mut header);
+    writer.batch(&[extent(0, 0x12_3000, 0x2000)], &[extent(1, 0, 0x1000)], &mut header);
     assert_eq!(
         hex(&header[..48]),
-        "504c010100000000020000002063fcf500000000002000000030120000000000\
-         01000000001000000000000000000000"
+        "504c01010000000002000000ad566be700000000002000000030120000000000\
+         01000100001000000000000000000000"
     );
     writer.barrier(RoundIndex(7), &mut header);
     assert_eq!(hex(&header[..20]), "504c0102010000000000000026742e1507000000");
@@ -79,7 +80,7 @@ fn extents_outside_what_was_agreed_are_refused() {
     ];
     for (bad, why) in bad {
         let (mut writer, mut header) = (LaneWriter::new(), [0; HEADER_BYTES]);
-        writer.batch(&[extent(0, 0, 4096), bad], &mut header);
+        writer.batch(&[extent(0, 0, 4096), bad], &[], &mut header);
         assert!(matches!(read(&header), Err(FramingError::Extent { .. })), "{why}");
     }
 }
@@ -87,7 +88,7 @@ fn extents_outside_what_was_agreed_are_refused() {
 #[test]
 fn counts_kinds_sizes_and_order_are_checked() {
     let mut header = [0; HEADER_BYTES];
-    LaneWriter::new().batch(&[extent(0, 0, 4096)], &mut header);
+    LaneWriter::new().batch(&[extent(0, 0, 4096)], &[], &mut header);
     let tampered = |change: &dyn Fn(&mut [u8; HEADER_BYTES])| {
         let mut copy = header;
         change(&mut copy);
@@ -103,11 +104,11 @@ fn counts_kinds_sizes_and_order_are_checked() {
     assert_eq!(tampered(&|h| h[9] = 0xff), FramingError::Count { count: 0xff01 });
     assert_eq!(tampered(&|h| h[10] = 1), FramingError::Reserved);
     assert_eq!(tampered(&|h| h[HEADER_BYTES - 1] = 1), FramingError::Reserved);
-    assert_eq!(tampered(&|h| h[18] = 1), FramingError::ExtentKind { kind: 1 });
+    assert_eq!(tampered(&|h| h[18] = 2), FramingError::ExtentKind { kind: 2 });
     let large = BATCH_BYTES_MAX as u32 + 4096;
     assert_eq!(
         tampered(&|h| h[20..24].copy_from_slice(&large.to_le_bytes())),
-        FramingError::PayloadBytes { bytes: large.into() }
+        FramingError::BatchBytes { bytes: large.into() }
     );
     let mut flipped = header;
     flipped[24] ^= 0x10;
@@ -148,16 +149,17 @@ proptest! {
     #[test]
     fn frames_come_back_as_they_went(
         batches in prop::collection::vec(
-            any_batch(), 1..8),
+            (any_batch(), any::<prop::sample::Index>()), 1..8),
         round: u32,
     ) {
         let (mut writer, mut reader) = (LaneWriter::new(), LaneReader::new(REGIONS));
-        let (mut header, mut got) = ([0; HEADER_BYTES], Vec::new());
-        for batch in &batches {
-            writer.batch(batch, &mut header);
-            let payload_bytes = batch.iter().map(|e| e.len).sum();
+        let (mut header, mut got) = ([0; HEADER_BYTES], Sorted::new());
+        for (batch, zero) in &batches {
+            let (data, zero) = batch.split_at(zero.index(batch.len() + 1));
+            writer.batch(data, zero, &mut header);
+            let payload_bytes = data.iter().map(|e| e.len).sum();
             prop_assert_eq!(reader.frame(&header, &mut got), Ok(Frame::Batch { payload_bytes }));
-            prop_assert_eq!(&got, batch);
+            prop_assert_eq!((&got.data[..], &got.zero[..]), (data, zero));
         }
         let round = RoundIndex(round);
         let seq = writer.barrier(round, &mut header);
@@ -183,7 +185,9 @@ proptest! {
         if plausible {
             header[..12].copy_from_slice(&[b'P', b'L', 1, kind, 0, 0, 0, 0, count, 0, 0, 0]);
             for entry in header[16..].chunks_exact_mut(16) {
-                entry[1..4].fill(0);
+                entry[1] = 0;
+                entry[2] &= 1;
+                entry[3] = 0;
                 entry[0] %= 4;
                 entry[4] = 0;
                 entry[5] &= 0xf0;
@@ -194,13 +198,15 @@ proptest! {
             header[used..].fill(0);
             reseal(&mut header);
         }
-        let mut extents = Vec::new();
+        let mut extents = Sorted::new();
         if let Ok(Frame::Batch { payload_bytes }) =
             LaneReader::new(REGIONS).frame(&header, &mut extents)
         {
             prop_assert!(payload_bytes <= BATCH_BYTES_MAX);
-            prop_assert_eq!(payload_bytes, extents.iter().map(|e| e.len).sum::<u64>());
-            for e in &extents {
+            let bytes = |extents: &[Extent]| extents.iter().map(|e| e.len).sum::<u64>();
+            prop_assert_eq!(payload_bytes, bytes(&extents.data));
+            prop_assert!(payload_bytes + bytes(&extents.zero) <= BATCH_BYTES_MAX);
+            for e in extents.data.iter().chain(&extents.zero) {
                 prop_assert!(e.len > 0 && e.end() <= REGIONS[usize::from(e.region.0)]);
             }
         }

@@ -12,6 +12,7 @@ use crate::sys;
 #[derive(Debug)]
 pub(crate) struct Tally {
     pub(crate) moved_bytes: u64,
+    pub(crate) zero_bytes: u64,
     pub(crate) wire_bytes: u64,
     pub(crate) batch_ns: Histogram<u64>,
     pub(crate) barrier_ns: Histogram<u64>,
@@ -19,7 +20,13 @@ pub(crate) struct Tally {
 
 impl Tally {
     pub(crate) fn new() -> Self {
-        Self { moved_bytes: 0, wire_bytes: 0, batch_ns: histogram(), barrier_ns: histogram() }
+        Self {
+            moved_bytes: 0,
+            zero_bytes: 0,
+            wire_bytes: 0,
+            batch_ns: histogram(),
+            barrier_ns: histogram(),
+        }
     }
 
     /// The end result: the path and zero-copy each with its reason. Called on the worker's thread: its CPU time is read here.
@@ -37,6 +44,7 @@ impl Tally {
             zero_copy_reason,
             cpu,
             moved_bytes: self.moved_bytes,
+            zero_bytes: self.zero_bytes,
             wire_bytes: self.wire_bytes,
             syscalls,
             cpu_ns: sys::thread_cpu_ns(),

@@ -9,12 +9,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
-use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::{Ack, Frame, LaneReader};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
-use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
 use pageferry_datapath::region::GuestMemory;
+use pageferry_datapath::zero::{self, Sorted};
 
 use crate::plan::{TargetLaneConfig, ZeroCopyWish};
 use crate::socket;
@@ -103,7 +102,7 @@ struct Receiver {
     events: Sender<LaneEvent>,
     wire: Wire,
     reader: LaneReader,
-    extents: Vec<Extent>,
+    extents: Sorted,
     tally: Tally,
 }
 
@@ -123,7 +122,7 @@ impl Receiver {
             events,
             wire,
             reader: LaneReader::new(region_bytes),
-            extents: Vec::with_capacity(BATCH_EXTENTS_MAX),
+            extents: Sorted::new(),
             tally: Tally::new(),
         }
     }
@@ -159,7 +158,7 @@ impl Receiver {
             let frame = self.reader.frame(parcel.header(), &mut self.extents);
             parcel.clear(Order::HeaderLast);
             idle = match frame {
-                Ok(Frame::Batch { .. }) => match self.lease(&mut parcel) {
+                Ok(Frame::Batch { .. }) => match self.place(&mut parcel) {
                     Ok(()) => false,
                     Err(error) => return Ended::Failed(error),
                 },
@@ -175,15 +174,17 @@ impl Receiver {
         }
     }
 
-    fn lease(&self, parcel: &mut Parcel) -> Result<(), LaneError> {
-        for &extent in &self.extents {
-            // The reader has checked it against the same regions.
-            let lease = self
-                .memory
-                .lease(extent)
-                .map_err(|source| LaneError::OutsideMemory { lane: self.lane, source })?;
-            parcel.push(lease);
+    /// Clears what is zero, and leases what the payload goes into.
+    fn place(&mut self, parcel: &mut Parcel) -> Result<(), LaneError> {
+        // The reader has checked all of it against the same regions.
+        let outside = |source| LaneError::OutsideMemory { lane: self.lane, source };
+        for &extent in &self.extents.zero {
+            zero::clear(&self.memory, extent).map_err(outside)?;
         }
+        for &extent in &self.extents.data {
+            parcel.push(self.memory.lease(extent).map_err(outside)?);
+        }
+        self.tally.zero_bytes += self.extents.zero_bytes();
         Ok(())
     }
 

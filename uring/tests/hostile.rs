@@ -80,7 +80,7 @@ impl Victim {
 
 fn batch_header(offset: u64, len: u64) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
-    LaneWriter::new().batch(&[extent(0, offset, len)], &mut header);
+    LaneWriter::new().batch(&[extent(0, offset, len)], &[], &mut header);
     header
 }
 
@@ -169,7 +169,7 @@ fn silence_between_rounds_is_no_failure() {
         thread::sleep(PROGRESS * 3);
         assert!(victim.events.is_empty());
         let (mut writer, mut header) = (LaneWriter::new(), [0; HEADER_BYTES]);
-        writer.batch(&[extent(0, 4096, 4096)], &mut header);
+        writer.batch(&[extent(0, 4096, 4096)], &[], &mut header);
         victim.send(&header);
         victim.send(&[7; 4096]);
         let seq = writer.barrier(RoundIndex(3), &mut header);
@@ -212,7 +212,7 @@ fn no_stream_of_bytes_does_more_than_end_its_lane() {
         let mut stream = Vec::new();
         for _ in 0..1 + random() % 4 {
             let pages = 1 + random() % 8;
-            writer.batch(&[extent(0, (random() % 200) * 4096, pages * 4096)], &mut header);
+            writer.batch(&[extent(0, (random() % 200) * 4096, pages * 4096)], &[], &mut header);
             stream.extend_from_slice(&header);
             stream.resize(stream.len() + pages as usize * 4096, random() as u8);
         }

@@ -5,8 +5,9 @@ mod support;
 use std::sync::Arc;
 
 use pageferry_datapath::ids::RoundIndex;
-use pageferry_datapath::lane::{LaneEvent, SourceLanes};
+use pageferry_datapath::lane::{LaneEvent, LaneStats, SourceLanes};
 use pageferry_datapath::work::RoundWork;
+use pageferry_datapath::zero;
 use pageferry_uring::plan::PathWish;
 use support::{Session, extent, fill, memory_of, next, same};
 
@@ -22,7 +23,7 @@ fn move_between(source_path: PathWish, target_path: PathWish, huge: bool) {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (seed >> 33) % below
     };
-    let mut moved = 0;
+    let mut total = 0;
     for round in 0..12 {
         let extents: Vec<_> = if round == 0 {
             SIZES.iter().enumerate().map(|(i, &bytes)| extent(i as u16, 0, bytes)).collect()
@@ -37,10 +38,19 @@ fn move_between(source_path: PathWish, target_path: PathWish, huge: bool) {
                 })
                 .collect()
         };
-        for &e in &extents {
+        for (index, &e) in extents.iter().enumerate() {
             fill(support::region(&from, usize::from(e.region.0)), e, round);
+            // Zero throughout, or from its second page on.
+            match index % 4 {
+                1 => zero::clear(&from, e).expect("inside"),
+                2 if e.len > 4096 => {
+                    zero::clear(&from, extent(e.region.0, e.offset + 4096, e.len - 4096))
+                        .expect("inside");
+                }
+                _ => {}
+            }
         }
-        moved += extents.iter().map(|e| e.len).sum::<u64>();
+        total += extents.iter().map(|e| e.len).sum::<u64>();
         pool.move_round(Arc::new(RoundWork::new(RoundIndex(round as u32), extents)));
         for events in [&at_source, &at_target] {
             for _ in 0..2 {
@@ -53,14 +63,20 @@ fn move_between(source_path: PathWish, target_path: PathWish, huge: bool) {
         }
         assert!(same(&from, &to), "round {round}");
     }
-    assert_eq!(pool.moved_bytes(), moved);
+    let (moved, zero) = (pool.moved_bytes(), pool.zero_bytes());
+    assert!(zero > 0, "zero pages were not told apart");
+    assert_eq!(moved + zero, total);
     let stats = pool.close(false);
-    assert_eq!(stats.iter().map(|s| s.moved_bytes).sum::<u64>(), moved);
+    let sums = |stats: &[LaneStats]| {
+        let sum = |of: fn(&LaneStats) -> u64| stats.iter().map(of).sum::<u64>();
+        (sum(|lane| lane.moved_bytes), sum(|lane| lane.zero_bytes))
+    };
+    assert_eq!(sums(&stats), (moved, zero));
     for _ in 0..2 {
         assert!(matches!(next(&at_target), LaneEvent::Closed { .. }));
     }
     let target_stats: Vec<_> = targets.into_iter().map(|lane| lane.finish()).collect();
-    assert_eq!(target_stats.iter().map(|s| s.moved_bytes).sum::<u64>(), moved);
+    assert_eq!(sums(&target_stats), (moved, zero));
     assert!(at_source.try_recv().is_err(), "an event after the close");
 }
 

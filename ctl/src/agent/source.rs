@@ -156,6 +156,8 @@ struct Agent<'a> {
     lane_stats: Vec<LaneStats>,
     work: Option<Arc<RoundWork>>,
     placed: usize,
+    /// Found by all rounds before.
+    zero_bytes: u64,
     memory: GuestMemory,
     tracker: Option<Box<dyn DirtyTracker>>,
     /// Every page of which some content is at the target, or on its way there.
@@ -216,6 +218,7 @@ impl<'a> Agent<'a> {
             lane_stats: Vec::new(),
             work: None,
             placed: 0,
+            zero_bytes: 0,
             memory: GuestMemory::default(),
             tracker: None,
             sent: None,
@@ -337,7 +340,7 @@ impl<'a> Agent<'a> {
             LaneEvent::Placed { round, .. } => {
                 self.placed += 1;
                 match self.placed == self.lane_count {
-                    true => Input::Placed(round),
+                    true => self.round_placed(round),
                     false => Input::Tick,
                 }
             }
@@ -346,6 +349,12 @@ impl<'a> Agent<'a> {
             }
             LaneEvent::Closed { .. } => Input::Tick,
         }
+    }
+
+    fn round_placed(&mut self, round: RoundIndex) -> Input {
+        let zero_bytes = self.lanes.as_ref().map_or(0, |lanes| lanes.zero_bytes());
+        let before = std::mem::replace(&mut self.zero_bytes, zero_bytes);
+        Input::Placed { round, zero_bytes: zero_bytes - before }
     }
 
     fn carry_out(&mut self, command: Command) -> Result<Option<Input>, Failure> {

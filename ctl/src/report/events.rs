@@ -68,13 +68,15 @@ pub struct Round {
     pub at_ms: f64,
     /// Which round; the first pass is 0.
     pub round: u32,
-    /// Guest memory moved in it.
+    /// Guest memory brought up to date in it.
     pub bytes: u64,
+    /// Of that, pages that were zero and did not travel.
+    pub zero_bytes: u64,
     /// Pages moved in it, of whatever size the tracker reports.
     pub pages: u64,
     /// From its start until the target had acknowledged every lane's barrier.
     pub took_ms: f64,
-    /// `bytes` over `took_ms`.
+    /// What travelled of `bytes`, over `took_ms`.
     pub bytes_per_second: u64,
     /// How fast the guest was writing when it was last scanned; null before the first scan.
     pub dirty_bytes_per_second: Option<u64>,
@@ -238,8 +240,10 @@ pub struct Summary {
     pub guest_bytes: u64,
     /// What of it was not holes when the first pass began.
     pub populated_bytes: u64,
-    /// Guest memory moved, pages moved twice counted twice.
+    /// Guest memory moved, pages moved twice counted twice, zero pages not.
     pub moved_bytes: u64,
+    /// Guest memory that was zero and did not travel.
+    pub zero_bytes: u64,
     /// The same with headers.
     pub wire_bytes: u64,
     /// Whether the kernel sent from guest memory without copying.
@@ -293,8 +297,10 @@ pub struct LaneDetail {
     pub cpu: Option<usize>,
     /// Zero-copy at its end.
     pub zero_copy: ZeroCopy,
-    /// Guest memory it moved.
+    /// Guest memory it moved, zero pages not counted.
     pub moved_bytes: u64,
+    /// Guest memory that was zero and did not travel.
+    pub zero_bytes: u64,
     /// The same with headers.
     pub wire_bytes: u64,
     /// System calls of its loop.

@@ -104,8 +104,12 @@ fn memory(summary: &Summary) -> String {
     if summary.rounds == 0 {
         return units::bytes(summary.guest_bytes);
     }
+    let zero = match summary.zero_bytes {
+        0 => String::new(),
+        bytes => format!(", {} zero", units::bytes(bytes)),
+    };
     format!(
-        "{}, {} populated, {} moved, {} on the wire",
+        "{}, {} populated{zero}, {} moved, {} on the wire",
         units::bytes(summary.guest_bytes),
         units::bytes(summary.populated_bytes),
         units::bytes(summary.moved_bytes),

@@ -128,9 +128,10 @@ impl<'a> Timeline<'a> {
             at_ms: ms(self.end),
             round: round.round.0,
             bytes: round.bytes,
+            zero_bytes: round.zero_bytes,
             pages: round.pages,
             took_ms: ms(round.took),
-            bytes_per_second: per_second(round.bytes, round.took),
+            bytes_per_second: per_second(round.moved_bytes(), round.took),
             dirty_bytes_per_second: self.report.dirty_bytes_per_second,
             left_bytes: if round.last { None } else { self.report.left_bytes },
             blackout_predicted_ms: self.report.predicted_blackout.map(ms),
@@ -149,9 +150,9 @@ impl<'a> Timeline<'a> {
     pub fn brownout_event(&self, wire_bytes: u64) -> Option<Brownout> {
         let brownout = self.brownout()?;
         let rounds: Vec<_> = self.report.rounds.iter().filter(|round| !round.last).collect();
-        let moved_bytes = rounds.iter().map(|round| round.bytes).sum();
+        let moved_bytes = rounds.iter().map(|round| round.moved_bytes()).sum();
         let in_blackout: u64 =
-            self.report.rounds.iter().filter(|round| round.last).map(|round| round.bytes).sum();
+            self.report.rounds.iter().filter(|r| r.last).map(RoundReport::moved_bytes).sum();
         let scans = |phase| self.report.phases.iter().filter(|(at, _)| *at == phase).count() as u32;
         Some(Brownout {
             at_ms: ms(self.entered(Phase::Pausing).unwrap_or(self.end)),
@@ -175,7 +176,7 @@ impl<'a> Timeline<'a> {
             blackout_predicted_ms: self.report.predicted_blackout.map(ms),
             parts_ms: self.blackout_parts()?,
             dirty_pages: last.map_or(0, |round| round.pages),
-            moved_bytes: last.map_or(0, |round| round.bytes),
+            moved_bytes: last.map_or(0, RoundReport::moved_bytes),
             device_state_bytes,
         })
     }

@@ -30,7 +30,7 @@ pub(super) fn committed(
         Input::PeerLost(failure) => failure,
         // Nothing is asked of this host any more. A lane may well be gone: the target closes them
         // when its guest runs, and that may be heard before its word.
-        Input::Tick | Input::Cancelled | Input::Failed(_) | Input::Placed(_) => {
+        Input::Tick | Input::Cancelled | Input::Failed(_) | Input::Placed { .. } => {
             if deadline.is_none_or(|deadline| now < deadline) {
                 return State::Committed;
             }

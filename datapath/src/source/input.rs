@@ -23,7 +23,12 @@ pub enum Input {
         fixed: Duration,
     },
     /// Every lane's barrier of the round was acknowledged: its bytes are in the target's memory.
-    Placed(RoundIndex),
+    Placed {
+        /// Which round.
+        round: RoundIndex,
+        /// Of its bytes, those that were zero and did not travel.
+        zero_bytes: u64,
+    },
     /// [`Command::Scan`] is done: these pages were written since the scan before, and are
     /// protected again.
     Scanned(DirtySet),
@@ -116,7 +121,7 @@ impl Input {
             Self::Message(_) => InputKind::Message,
             Self::LanesOpen => InputKind::LanesOpen,
             Self::Attached { .. } => InputKind::Attached,
-            Self::Placed(_) => InputKind::Placed,
+            Self::Placed { .. } => InputKind::Placed,
             Self::Scanned(_) => InputKind::Scanned,
             Self::Paused => InputKind::Paused,
             Self::Resumed => InputKind::Resumed,

@@ -66,7 +66,7 @@ impl Context {
                 hint: None,
             }),
             Input::Message(Message::Abort(abort)) => Err(abort.into()),
-            Input::Placed(round) if !state.moves(round) => {
+            Input::Placed { round, .. } if !state.moves(round) => {
                 Err(misbehaved("its lanes acknowledged a round that was not on its way"))
             }
             Input::Tick if self.give_up_at(state).is_some_and(|at| now >= at) => Err(Failure {
@@ -150,13 +150,14 @@ impl Context {
         out: &mut Vec<Command>,
     ) -> Step {
         match input {
-            Input::Placed(placed) if placed == round.round => {
+            Input::Placed { round: placed, zero_bytes } if placed == round.round => {
                 let took = now.saturating_sub(round.started);
-                self.moved_bytes += round.bytes;
+                self.moved_bytes += round.bytes.saturating_sub(zero_bytes);
                 self.moved_time += took;
                 self.report.rounds.push(RoundReport {
                     round: round.round,
                     bytes: round.bytes,
+                    zero_bytes,
                     pages: round.pages,
                     took,
                     last: round.last,

@@ -11,14 +11,23 @@ use crate::ids::RoundIndex;
 pub struct RoundReport {
     /// Which round.
     pub round: RoundIndex,
-    /// Bytes of guest memory moved.
+    /// Bytes of guest memory brought up to date at the target.
     pub bytes: u64,
+    /// Of these, those that were zero and did not travel.
+    pub zero_bytes: u64,
     /// Pages moved.
     pub pages: u64,
     /// From its start until the target acknowledged every lane's barrier.
     pub took: Duration,
     /// Inside the pause.
     pub last: bool,
+}
+
+impl RoundReport {
+    /// What travelled of it, in bytes.
+    pub fn moved_bytes(&self) -> u64 {
+        self.bytes.saturating_sub(self.zero_bytes)
+    }
 }
 
 /// What the source learned on its way.

@@ -150,7 +150,7 @@ impl World {
     }
 
     pub(crate) fn check_source_input(&mut self, input: &SourceInput) {
-        if let SourceInput::Placed(round) = input {
+        if let SourceInput::Placed { round, .. } = input {
             self.check_placed(*round);
         }
     }

@@ -85,7 +85,7 @@ impl World {
                     match self.source.placed == lanes {
                         true => {
                             self.source.last_placed = Some(round);
-                            Input::Placed(round)
+                            Input::Placed { round, zero_bytes: 0 }
                         }
                         false => Input::Tick,
                     }

@@ -282,7 +282,7 @@ impl World {
             Fault::DiskFails(side, times) => self.disks[side as usize].failing += times,
             Fault::PlacedAgain(Side::Source) => {
                 if let Some(round) = self.source.last_placed {
-                    self.tell_source(SourceInput::Placed(round));
+                    self.tell_source(SourceInput::Placed { round, zero_bytes: 0 });
                 }
             }
             Fault::PlacedAgain(Side::Target) => {

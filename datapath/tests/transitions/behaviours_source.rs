@@ -8,7 +8,7 @@ use pageferry_datapath::ids::RoundIndex;
 use pageferry_datapath::limits;
 use pageferry_datapath::source::{Command, FailureKind, Input, Outcome, Phase};
 
-use crate::source::{Walk, after, at, choice, config, failure, message, pages};
+use crate::source::{Walk, after, at, choice, config, failure, message, pages, placed};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -39,7 +39,7 @@ fn a_lane_that_goes_after_the_commit_does_not_end_the_wait_for_the_target() {
 
 #[test]
 fn lanes_that_acknowledge_what_is_not_on_its_way_end_the_attempt_and_no_more() {
-    let placed = |round| Input::Placed(RoundIndex(round));
+    let placed = |round| Input::Placed { round: RoundIndex(round), zero_bytes: 0 };
     for (situation, round) in
         [("Moving", 1), ("Closing", 0), ("Scanning", 0), ("LastScanning", 2), ("Saving", 3)]
     {
@@ -139,7 +139,7 @@ fn a_guest_without_direct_io_is_not_paused_to_drain() {
 fn all_that_was_reported_since_a_drain_point_moves_after_the_next() {
     let mut walk = attached(true);
     walk.feed(Input::Paused).feed(Input::Resumed);
-    walk.feed_after(Duration::from_millis(30), Input::Placed(RoundIndex(0)));
+    walk.feed_after(Duration::from_millis(30), placed(0));
     walk.feed(Input::Message(Message::RoundClosed(RoundIndex(0))));
     walk.feed(Input::Scanned(pages(0..20)));
     assert_eq!((walk.phase(), walk.moving()), (Phase::Moving, Some(&pages(0..20))));
@@ -160,12 +160,12 @@ fn all_that_was_reported_since_a_drain_point_moves_after_the_next() {
 fn a_drain_point_is_taken_before_a_round_so_long_that_it_costs_little() {
     let mut walk = attached(true);
     walk.feed(Input::Paused).feed(Input::Resumed);
-    walk.feed_after(SECOND, Input::Placed(RoundIndex(0)));
+    walk.feed_after(SECOND, placed(0));
     walk.feed(Input::Message(Message::RoundClosed(RoundIndex(0))));
     walk.feed(Input::Scanned(pages(0..20)));
     assert_eq!(walk.phase(), Phase::DrainPausing);
     walk.feed(Input::Paused).feed(Input::Scanned(pages([]))).feed(Input::Resumed);
-    walk.feed_after(SECOND / 3, Input::Placed(RoundIndex(1)));
+    walk.feed_after(SECOND / 3, placed(1));
     walk.feed(Input::Message(Message::RoundClosed(RoundIndex(1))));
     walk.feed_after(SECOND * 2, Input::Tick).feed(Input::Scanned(pages([30])));
     // This one takes 16 ms: too short for a pause of its own.
@@ -179,7 +179,7 @@ fn a_drain_point_is_taken_before_a_round_so_long_that_it_costs_little() {
 #[test]
 fn clearing_the_targets_memory_is_not_taken_for_a_part_of_the_pause() {
     let mut walk = attached(false);
-    walk.feed(Input::Placed(RoundIndex(0)));
+    walk.feed(placed(0));
     walk.feed_after(SECOND * 3, Input::Message(Message::RoundClosed(RoundIndex(0))));
     walk.feed(Input::Scanned(pages([1])));
     assert_eq!(walk.phase(), Phase::Preparing);

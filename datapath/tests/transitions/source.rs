@@ -69,8 +69,7 @@ impl Walk {
     }
 
     pub(crate) fn moved(&mut self, round: u32) -> &mut Self {
-        self.feed(Input::Placed(RoundIndex(round)))
-            .feed(Input::Message(Message::RoundClosed(RoundIndex(round))))
+        self.feed(placed(round)).feed(Input::Message(Message::RoundClosed(RoundIndex(round))))
     }
 
     /// The pages of the round that was begun last.
@@ -202,14 +201,14 @@ pub(crate) const SITUATIONS: &[Situation] = &[
     ("Moving", || after("DrainResuming (first)", Input::Resumed)),
     ("Closing", || {
         let mut walk = at("Moving");
-        walk.feed_after(Duration::from_millis(30), Input::Placed(RoundIndex(0)));
+        walk.feed_after(Duration::from_millis(30), placed(0));
         walk
     }),
     ("Scanning", || after("Closing", Input::Message(Message::RoundClosed(RoundIndex(0))))),
     ("Moving (second)", || after("Scanning", Input::Scanned(pages(0..20)))),
     ("Spacing", || {
         let mut walk = at("Moving (second)");
-        walk.feed_after(Duration::ZERO, Input::Placed(RoundIndex(1)));
+        walk.feed_after(Duration::ZERO, placed(1));
         walk.feed_after(Duration::ZERO, Input::Message(Message::RoundClosed(RoundIndex(1))));
         walk
     }),
@@ -230,7 +229,7 @@ pub(crate) const SITUATIONS: &[Situation] = &[
     ("Pausing", || after("Preparing (here)", Input::Message(Message::Prepared))),
     ("LastScanning", || after("Pausing", Input::Paused)),
     ("Moving (last)", || after("LastScanning", Input::Scanned(pages([4])))),
-    ("Closing (last)", || after("Moving (last)", Input::Placed(RoundIndex(3)))),
+    ("Closing (last)", || after("Moving (last)", placed(3))),
     ("Verifying", || {
         after("Closing (last)", Input::Message(Message::RoundClosed(RoundIndex(3))))
     }),
@@ -296,7 +295,7 @@ fn inputs(round: u32) -> Vec<(String, Duration, Input)> {
             }
             InputKind::LanesOpen => input("LanesOpen", Input::LanesOpen),
             InputKind::Attached => input("Attached", attached()),
-            InputKind::Placed => input("Placed", Input::Placed(RoundIndex(round))),
+            InputKind::Placed => input("Placed", placed(round)),
             InputKind::Scanned => input("Scanned", Input::Scanned(pages([5]))),
             InputKind::Paused => input("Paused", Input::Paused),
             InputKind::Resumed => input("Resumed", Input::Resumed),
@@ -381,4 +380,9 @@ fn the_peer_never_makes_the_source_panic_and_every_phase_was_looked_at() {
     for phase in Phase::ALL {
         assert!(SITUATIONS.iter().any(|(_, build)| build().phase() == *phase), "{phase:?}");
     }
+}
+
+/// Every lane has placed its part of a round, none of it zero.
+pub(crate) fn placed(round: u32) -> Input {
+    Input::Placed { round: RoundIndex(round), zero_bytes: 0 }
 }

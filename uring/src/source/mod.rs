@@ -32,6 +32,7 @@ pub(crate) enum Command {
 pub(crate) struct PoolCounters {
     pub(crate) alive: AtomicUsize,
     pub(crate) moved_bytes: AtomicU64,
+    pub(crate) zero_bytes: AtomicU64,
 }
 
 /// Open lanes to one target, each with its worker. Dropping it aborts them.
@@ -121,6 +122,10 @@ impl SourceLanes for LanePool {
 
     fn moved_bytes(&self) -> u64 {
         self.counters.moved_bytes.load(Ordering::Relaxed)
+    }
+
+    fn zero_bytes(&self) -> u64 {
+        self.counters.zero_bytes.load(Ordering::Relaxed)
     }
 
     fn close(mut self: Box<Self>, abort: bool) -> Vec<LaneStats> {

@@ -15,6 +15,7 @@ use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
 use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
+use pageferry_datapath::zero::Sorted;
 
 use super::{Command, PoolCounters};
 use crate::limits;
@@ -44,6 +45,7 @@ pub(super) fn run(
         wire,
         writer: LaneWriter::new(),
         batch: Vec::with_capacity(BATCH_EXTENTS_MAX),
+        sorted: Sorted::new(),
         unacked: Vec::new(),
         tally: Tally::new(),
     };
@@ -65,6 +67,8 @@ struct Worker {
     wire: Wire,
     writer: LaneWriter,
     batch: Vec<Extent>,
+    /// The same, by what has to travel.
+    sorted: Sorted,
     /// What was sent since the last acknowledged barrier, neighbours joined.
     unacked: Vec<Extent>,
     tally: Tally,
@@ -106,8 +110,11 @@ impl Worker {
             let start = Instant::now();
             let bytes = self.send_batch()?;
             record(&mut self.tally.batch_ns, start);
+            let zero_bytes = self.sorted.zero_bytes();
             self.tally.moved_bytes += bytes;
+            self.tally.zero_bytes += zero_bytes;
             self.setup.counters.moved_bytes.fetch_add(bytes, Ordering::Relaxed);
+            self.setup.counters.zero_bytes.fetch_add(zero_bytes, Ordering::Relaxed);
         }
         let start = Instant::now();
         self.barrier(work.round())?;
@@ -119,16 +126,13 @@ impl Worker {
 
     fn send_batch(&mut self) -> Result<u64, Ended> {
         let lane = self.setup.lane;
+        let outside = |source| Ended::Failed(LaneError::OutsideMemory { lane, source });
+        self.sorted.sort(&self.setup.memory, &self.batch).map_err(outside)?;
         let mut parcel = self.blank()?;
-        for &extent in &self.batch {
-            let lease = self
-                .setup
-                .memory
-                .lease(extent)
-                .map_err(|source| Ended::Failed(LaneError::OutsideMemory { lane, source }))?;
-            parcel.push(lease);
+        for &extent in &self.sorted.data {
+            parcel.push(self.setup.memory.lease(extent).map_err(outside)?);
         }
-        self.writer.batch(&self.batch, parcel.header_mut());
+        self.writer.batch(&self.sorted.data, &self.sorted.zero, parcel.header_mut());
         let bytes = parcel.leased_bytes();
         self.send(parcel)?;
         Ok(bytes)

@@ -46,6 +46,7 @@ fn feed(console: &mut Console) {
         at_ms: 1600.0,
         round: 0,
         bytes: 1 << 30,
+        zero_bytes: 0,
         pages: 262_144,
         took_ms: 1590.0,
         bytes_per_second: 675_282_028,

@@ -1,0 +1,183 @@
+//! Zero pages, found before they are sent: they travel as entries of a header, without bytes.
+//!
+//! Called by each lane's worker on its own batches. The guest may write meanwhile: a page that
+//! stops being zero after it was looked at is dirty, and moves again. Of memory that is not zero
+//! one word a page is read, and the lane reads that page next anyway.
+
+use crate::extent::Extent;
+use crate::limits::{BATCH_EXTENTS_MAX, PAGE_BYTES_MIN};
+use crate::region::{GuestMemory, Lease, RegionError};
+
+/// A batch, sorted by what has to travel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sorted {
+    /// Extents whose bytes travel.
+    pub data: Vec<Extent>,
+    /// Extents that are zero throughout.
+    pub zero: Vec<Extent>,
+}
+
+impl Sorted {
+    /// Room for the largest batch.
+    pub fn new() -> Self {
+        Self {
+            data: Vec::with_capacity(BATCH_EXTENTS_MAX),
+            zero: Vec::with_capacity(BATCH_EXTENTS_MAX),
+        }
+    }
+
+    /// Sorts a batch of at most [`BATCH_EXTENTS_MAX`] extents into at most as many: where zero and
+    /// other pages alternate more often, zero ones travel as data.
+    ///
+    /// # Errors
+    /// If an extent lies outside of `memory`.
+    pub fn sort(&mut self, memory: &GuestMemory, batch: &[Extent]) -> Result<(), RegionError> {
+        assert!(batch.len() <= BATCH_EXTENTS_MAX);
+        self.data.clear();
+        self.zero.clear();
+        let mut spare = BATCH_EXTENTS_MAX - batch.len();
+        for &extent in batch {
+            self.split(&memory.lease(extent)?, extent, &mut spare)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the zero extents.
+    pub fn zero_bytes(&self) -> u64 {
+        self.zero.iter().map(|extent| extent.len).sum()
+    }
+
+    /// Cuts one extent at each change between zero and data. Each cut takes one of `spare`, and a
+    /// zero run is begun only if the cut at its end can be had too.
+    fn split(
+        &mut self,
+        lease: &Lease,
+        extent: Extent,
+        spare: &mut usize,
+    ) -> Result<(), RegionError> {
+        let (mut began, mut in_zero) = (0, false);
+        for at in (0..extent.len).step_by(PAGE_BYTES_MIN as usize) {
+            let cuts = if at == 0 { 1 } else { 2 };
+            if !in_zero && *spare < cuts {
+                break;
+            }
+            let is_zero = lease.is_zero(at, PAGE_BYTES_MIN as usize)?;
+            if is_zero && !in_zero {
+                *spare -= cuts;
+            }
+            if is_zero != in_zero {
+                self.push(extent, began, at, in_zero);
+                (began, in_zero) = (at, is_zero);
+            }
+        }
+        self.push(extent, began, extent.len, in_zero);
+        Ok(())
+    }
+
+    fn push(&mut self, of: Extent, from: u64, to: u64, is_zero: bool) {
+        let extent = Extent { region: of.region, offset: of.offset + from, len: to - from };
+        match (from == to, is_zero) {
+            (true, _) => {}
+            (false, true) => self.zero.push(extent),
+            (false, false) => self.data.push(extent),
+        }
+    }
+}
+
+/// Makes an extent read as zeros; pages that do already are left alone.
+pub fn clear(memory: &GuestMemory, extent: Extent) -> Result<(), RegionError> {
+    let lease = memory.lease(extent)?;
+    for at in (0..extent.len).step_by(PAGE_BYTES_MIN as usize) {
+        if !lease.is_zero(at, PAGE_BYTES_MIN as usize)? {
+            lease.clear(at, PAGE_BYTES_MIN as usize)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::backing::Backing;
+    use crate::ids::RegionIndex;
+    use crate::region::Region;
+
+    const PAGE: u64 = PAGE_BYTES_MIN;
+
+    fn memory(pages: u64) -> GuestMemory {
+        let backing = Backing::memfd("zero-test", pages * PAGE, None).unwrap();
+        GuestMemory::new(vec![Region::open(RegionIndex(0), backing).unwrap()])
+    }
+
+    fn extent(page: u64, pages: u64) -> Extent {
+        Extent { region: RegionIndex(0), offset: page * PAGE, len: pages * PAGE }
+    }
+
+    /// Writes the last byte of each page that is not to be zero.
+    fn set(memory: &GuestMemory, data: &[bool]) {
+        let lease = memory.lease(extent(0, data.len() as u64)).unwrap();
+        for (page, _) in data.iter().enumerate().filter(|(_, is_data)| **is_data) {
+            lease.copy_in((page as u64 + 1) * PAGE - 1, &[1]).unwrap();
+        }
+    }
+
+    #[test]
+    fn runs_are_cut_where_zero_begins_and_ends() {
+        let memory = memory(8);
+        set(&memory, &[false, false, true, true, false, true, false, false]);
+        let mut sorted = Sorted::new();
+        sorted.sort(&memory, &[extent(0, 4), extent(4, 4)]).unwrap();
+        assert_eq!(sorted.zero, [extent(0, 2), extent(4, 1), extent(6, 2)]);
+        assert_eq!(sorted.data, [extent(2, 2), extent(5, 1)]);
+        assert_eq!(sorted.zero_bytes(), 5 * PAGE);
+    }
+
+    #[test]
+    fn cleared_memory_is_zero_and_the_rest_is_left_alone() {
+        let memory = memory(4);
+        set(&memory, &[true; 4]);
+        clear(&memory, extent(1, 2)).unwrap();
+        let lease = memory.lease(extent(0, 4)).unwrap();
+        let zero: Vec<_> =
+            (0..4).map(|page| lease.is_zero(page * PAGE, PAGE as usize).unwrap()).collect();
+        assert_eq!(zero, [false, true, true, false]);
+        assert!(lease.is_zero(3 * PAGE, 2 * PAGE as usize).is_err());
+        assert!(lease.clear(4 * PAGE, 8).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn every_page_is_sorted_once_and_no_data_is_called_zero(
+            data in prop::collection::vec(prop::bool::weighted(0.5), 1..600),
+            cuts in prop::collection::btree_set(1..600u64, 0..250),
+        ) {
+            let memory = memory(data.len() as u64);
+            set(&memory, &data);
+            let pages = data.len() as u64;
+            let ends = cuts.into_iter().filter(|cut| *cut < pages).chain([pages]);
+            let mut begin = 0;
+            let batch: Vec<_> = ends
+                .map(|end| {
+                    let part = extent(begin, end - begin);
+                    begin = end;
+                    part
+                })
+                .collect();
+            let mut sorted = Sorted::new();
+            sorted.sort(&memory, &batch).unwrap();
+            prop_assert!(sorted.data.len() + sorted.zero.len() <= BATCH_EXTENTS_MAX);
+            let mut seen = vec![0; data.len()];
+            for (extents, is_data) in [(&sorted.data, true), (&sorted.zero, false)] {
+                for extent in extents {
+                    for page in extent.offset / PAGE..extent.end() / PAGE {
+                        seen[page as usize] += 1;
+                        prop_assert!(is_data || !data[page as usize]);
+                    }
+                }
+            }
+            prop_assert!(seen.iter().all(|times| *times == 1));
+        }
+    }
+}
