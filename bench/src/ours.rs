@@ -67,7 +67,7 @@ pub(crate) fn migrate(
         pause,
         pause_ms: pause.ms(),
         cpu,
-        account: sent.event("summary").cloned().unwrap_or_default(),
+        account: account_of(&sent),
     })
 }
 
@@ -75,6 +75,16 @@ fn summary_of(ended: &Ended) -> Result<Summary, BenchError> {
     let value = ended.event("summary").cloned().unwrap_or_default();
     serde_json::from_value(value)
         .map_err(|_| BenchError::Unexpected { program: ended.name.into(), said: ended.said() })
+}
+
+/// The summary, with the events of its rounds.
+fn account_of(ended: &Ended) -> Value {
+    let mut account = ended.event("summary").cloned().unwrap_or_default();
+    if let Value::Object(fields) = &mut account {
+        let rounds = ended.events.iter().filter(|event| event["event"] == "round").cloned();
+        fields.insert("round_events".into(), rounds.collect());
+    }
+    account
 }
 
 /// One agent; dropped, it is killed.

@@ -40,6 +40,8 @@ struct Sample {
     lost_percent: f64,
     brownout_ms: f64,
     pause_ms: f64,
+    /// What the mover said of itself.
+    account: serde_json::Value,
 }
 
 /// All moves by one mover over one link.
@@ -163,6 +165,7 @@ fn sample(turn: u32, hop: &Hop) -> Option<Sample> {
         lost_percent: (1.0 - during / before) * 100.0,
         brownout_ms: stop.saturating_duration_since(first).as_secs_f64() * 1e3,
         pause_ms: moved.pause_ms,
+        account: moved.account.clone(),
     })
 }
 

@@ -19,6 +19,7 @@ pub mod lane;
 pub mod limits;
 pub mod planner;
 pub mod populate;
+pub mod priority;
 pub mod region;
 pub mod source;
 pub mod target;

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::extent::Extent;
 use crate::limits;
+use crate::priority;
 use crate::region::{GuestMemory, Lease, RegionError};
 
 /// By which call the pages came.
@@ -133,7 +134,10 @@ impl Populate {
             let shared = Arc::clone(&populate.shared);
             let thread = std::thread::Builder::new().name("populate".into());
             // On failure the threads there are already are joined by the drop.
-            let thread = thread.spawn(move || shared.work());
+            let thread = thread.spawn(move || {
+                priority::give_way();
+                shared.work()
+            });
             populate.threads.push(thread.map_err(|source| PopulateError::Thread { source })?);
         }
         Ok(populate)

@@ -12,6 +12,7 @@ use crossbeam_channel::Sender;
 use pageferry_datapath::framing::{Ack, Frame, LaneReader};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
+use pageferry_datapath::priority::GivesWay;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::zero::{self, Sorted};
 
@@ -103,6 +104,8 @@ struct Receiver {
     wire: Wire,
     reader: LaneReader,
     extents: Sorted,
+    /// Until the first pass is placed.
+    gives_way: GivesWay,
     tally: Tally,
 }
 
@@ -123,6 +126,7 @@ impl Receiver {
             wire,
             reader: LaneReader::new(region_bytes),
             extents: Sorted::new(),
+            gives_way: GivesWay::default(),
             tally: Tally::new(),
         }
     }
@@ -141,6 +145,7 @@ impl Receiver {
     }
 
     fn receive(&mut self) -> Ended {
+        self.gives_way.begin();
         let mut parcel = match self.wire.blank(&self.line) {
             Ok(parcel) => parcel,
             Err(error) => return self.ended(error),
@@ -193,6 +198,7 @@ impl Receiver {
         let start = Instant::now();
         self.line.send_ack(&Ack { lane, round, seq }.encode())?;
         record(&mut self.tally.barrier_ns, start);
+        self.gives_way.end();
         let _ = self.events.send(LaneEvent::Placed { lane, round });
         Ok(())
     }

@@ -152,8 +152,6 @@ impl Context {
         match input {
             Input::Placed { round: placed, zero_bytes } if placed == round.round => {
                 let took = now.saturating_sub(round.started);
-                self.moved_bytes += round.bytes.saturating_sub(zero_bytes);
-                self.moved_time += took;
                 self.report.rounds.push(RoundReport {
                     round: round.round,
                     bytes: round.bytes,
@@ -185,10 +183,8 @@ impl Context {
                 if round.last {
                     return Ok(self.last_round_closed(out));
                 }
-                let spacing = planner::scan_spacing(&self.config.goals, round.pages);
-                let until = self.last_scan + spacing;
-                // The first pass is long enough by itself, and nothing was scanned before it.
-                if round.round.0 > 0 && until > now {
+                let until = self.last_scan + self.spacing;
+                if until > now {
                     return Ok(State::Spacing { until });
                 }
                 out.push(Command::Scan);
@@ -221,6 +217,12 @@ impl Context {
         let measured = self.measure(&dirty, now);
         self.note_scan(&measured, now);
         let plan = planner::plan(&self.config.goals, &measured);
+        self.spacing = match plan {
+            Plan::AnotherRound { spaced: true } => {
+                planner::scan_spacing(&self.config.goals, dirty.count())
+            }
+            _ => Duration::ZERO,
+        };
         match (plan, &mut self.drain) {
             (Plan::GiveUp, _) => Err(not_converging(&self.config.goals, &measured)),
             // All that was reported would have to move again inside the pause: let it move now,
@@ -237,11 +239,13 @@ impl Context {
             }
             // A drain point before a long round is cheap, and saves moving this round's pages
             // again after a later one.
-            (Plan::AnotherRound, Some(drain)) if planner::drain_pays(&measured, drain.cost) => {
+            (Plan::AnotherRound { .. }, Some(drain))
+                if planner::drain_pays(&measured, drain.cost) =>
+            {
                 drain.to_switch_over = false;
                 Ok(self.drain_point(dirty, false, now, out))
             }
-            (Plan::AnotherRound, drain) => {
+            (Plan::AnotherRound { .. }, drain) => {
                 if let Some(drain) = drain {
                     drain.to_switch_over = false;
                 }
@@ -269,6 +273,7 @@ impl Context {
 
     fn measure(&self, dirty: &DirtySet, now: Duration) -> Measured {
         let bytes = dirty.bytes();
+        let (moved_bytes, moved_time) = self.report.bandwidth(bytes);
         Measured {
             rounds: self.rounds,
             // Nothing else, also with drain points: what was reported before the last one has
@@ -276,8 +281,8 @@ impl Context {
             left_bytes: bytes,
             dirty_bytes: bytes,
             dirty_time: now.saturating_sub(self.last_scan),
-            moved_bytes: self.moved_bytes,
-            moved_time: self.moved_time,
+            moved_bytes,
+            moved_time,
             best_left_bytes: self.best_left,
             stalled_rounds: self.stalled,
             shrinking: self.drain.as_ref().is_none_or(|drain| !drain.to_switch_over),

@@ -141,8 +141,6 @@ pub(super) struct Context {
     pub(super) report: SourceReport,
     pub(super) entered: Duration,
     pub(super) rounds: u32,
-    pub(super) moved_bytes: u64,
-    pub(super) moved_time: Duration,
     /// The quickest close of a round and the quickest scan so far: what they cost inside the pause,
     /// when little is left. One slow one is a hiccup.
     pub(super) closing: Option<Duration>,
@@ -151,6 +149,8 @@ pub(super) struct Context {
     pub(super) last_scan: Duration,
     pub(super) best_left: Option<u64>,
     pub(super) stalled: u32,
+    /// How long after the last scan the next one may be, at the earliest.
+    pub(super) spacing: Duration,
     /// Kept where direct I/O escapes the tracker.
     pub(super) drain: Option<Drain>,
 }
@@ -168,14 +168,13 @@ impl Source {
                 report,
                 entered: now,
                 rounds: 0,
-                moved_bytes: 0,
-                moved_time: Duration::ZERO,
                 closing: None,
                 scanning: None,
                 fixed: Duration::ZERO,
                 last_scan: now,
                 best_left: None,
                 stalled: 0,
+                spacing: Duration::ZERO,
                 drain: None,
             },
         }

@@ -46,7 +46,7 @@ impl Guest {
             settings: false,
             direct: Vec::new(),
             direct_io,
-            busy_percent: random.pick(&[0, 5, 30, 90]),
+            busy_percent: random.pick(&[0, 5, 30, 90, 97]),
             hot: random.pick(&[1, 4, PAGES]),
             stamp: PAGES as u64,
         }

@@ -92,13 +92,20 @@ impl Scenario {
     pub(crate) fn of(random: &mut Random, hostile: bool) -> Self {
         let micros = Duration::from_micros;
         let hostile_side = random.pick(&[Side::Source, Side::Target]);
-        let goals = Goals {
+        let mut goals = Goals {
             downtime: random.pick(&[0, 1, 5, 50, 1000].map(Duration::from_millis)),
             rounds_max: random.below(6) as u32,
             stalled_rounds_max: 1 + random.below(3) as u32,
             stalled: random.pick(&[Stalled::Stop, Stalled::SwitchOver, Stalled::SwitchOver]),
             slowdown_percent_max: random.pick(&[1, 10, 100]),
         };
+        // Rounds that get nowhere, and are over before the next scan may be.
+        let hasty = random.chance(30);
+        if hasty {
+            goals.downtime = Duration::ZERO;
+            goals.slowdown_percent_max = 1;
+            goals.stalled_rounds_max = 5;
+        }
         let mut scenario = Self {
             lanes: 1 + random.below(3),
             goals,
@@ -114,6 +121,12 @@ impl Scenario {
             fixed: random.pick(&[Duration::ZERO, micros(500), micros(10_000)]),
             mishaps: Vec::new(),
         };
+        if hasty {
+            scenario.message_time = micros(20);
+            scenario.lane_time = micros(70);
+            scenario.lanes = 1;
+            scenario.command_time = micros(20);
+        }
         for _ in 0..random.pick(&[0, 1, 1, 1, 2, 2, 3, 4]) {
             let mut next = mishap(random);
             // What goes wrong together goes wrong in the most interesting ways.

@@ -45,8 +45,8 @@ fn lanes_that_acknowledge_what_is_not_on_its_way_end_the_attempt_and_no_more() {
     {
         assert_eq!(after(situation, placed(round)).phase(), Phase::Unwinding, "{situation}");
     }
-    assert_eq!(after("Deciding", placed(3)).phase(), Phase::Retracting);
-    assert_eq!(after("Committed", placed(3)).phase(), Phase::Committed);
+    assert_eq!(after("Deciding", placed(4)).phase(), Phase::Retracting);
+    assert_eq!(after("Committed", placed(4)).phase(), Phase::Committed);
 }
 
 #[test]

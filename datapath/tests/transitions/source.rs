@@ -198,18 +198,30 @@ pub(crate) const SITUATIONS: &[Situation] = &[
     ("Attaching", || after("Opening", Input::LanesOpen)),
     ("DrainPausing (first)", || after("Attaching", attached())),
     ("DrainResuming (first)", || after("DrainPausing (first)", Input::Paused)),
-    ("Moving", || after("DrainResuming (first)", Input::Resumed)),
+    // So costly that only a switchover is worth another one.
+    ("Moving", || {
+        let mut walk = at("DrainResuming (first)");
+        walk.feed_after(Duration::from_millis(30), Input::Resumed);
+        walk
+    }),
     ("Closing", || {
         let mut walk = at("Moving");
-        walk.feed_after(Duration::from_millis(30), placed(0));
+        walk.feed_after(Duration::from_millis(300), placed(0));
         walk
     }),
     ("Scanning", || after("Closing", Input::Message(Message::RoundClosed(RoundIndex(0))))),
-    ("Moving (second)", || after("Scanning", Input::Scanned(pages(0..20)))),
-    ("Spacing", || {
+    ("Moving (second)", || after("Scanning", Input::Scanned(pages(0..60)))),
+    ("Moving (stalled)", || {
         let mut walk = at("Moving (second)");
-        walk.feed_after(Duration::ZERO, placed(1));
-        walk.feed_after(Duration::ZERO, Input::Message(Message::RoundClosed(RoundIndex(1))));
+        walk.feed_after(Duration::from_millis(280), placed(1));
+        walk.feed(Input::Message(Message::RoundClosed(RoundIndex(1))));
+        walk.feed(Input::Scanned(pages(0..60)));
+        walk
+    }),
+    ("Spacing", || {
+        let mut walk = at("Moving (stalled)");
+        walk.feed_after(Duration::ZERO, placed(2));
+        walk.feed_after(Duration::ZERO, Input::Message(Message::RoundClosed(RoundIndex(2))));
         walk
     }),
     ("DrainPausing", || {
@@ -221,7 +233,7 @@ pub(crate) const SITUATIONS: &[Situation] = &[
     ("DrainResuming", || after("DrainScanning", Input::Scanned(pages([2])))),
     ("Preparing", || {
         let mut walk = at("DrainResuming");
-        walk.feed(Input::Resumed).round(2, pages([3]));
+        walk.feed(Input::Resumed).round(3, pages([3]));
         walk
     }),
     ("Preparing (here)", || after("Preparing", Input::SwitchoverPrepared)),
@@ -229,9 +241,9 @@ pub(crate) const SITUATIONS: &[Situation] = &[
     ("Pausing", || after("Preparing (here)", Input::Message(Message::Prepared))),
     ("LastScanning", || after("Pausing", Input::Paused)),
     ("Moving (last)", || after("LastScanning", Input::Scanned(pages([4])))),
-    ("Closing (last)", || after("Moving (last)", placed(3))),
+    ("Closing (last)", || after("Moving (last)", placed(4))),
     ("Verifying", || {
-        after("Closing (last)", Input::Message(Message::RoundClosed(RoundIndex(3))))
+        after("Closing (last)", Input::Message(Message::RoundClosed(RoundIndex(4))))
     }),
     ("Verifying (here)", || after("Verifying", Input::Digested(digest(1)))),
     ("Saving", || after("Verifying (here)", Input::Message(message(MessageKind::DigestReport)))),
@@ -323,7 +335,8 @@ fn inputs(round: u32) -> Vec<(String, Duration, Input)> {
 fn round_of(situation: &str) -> u32 {
     match situation {
         "Moving (second)" => 1,
-        "Moving (last)" | "Closing (last)" => 3,
+        "Moving (stalled)" => 2,
+        "Moving (last)" | "Closing (last)" => 4,
         _ => 0,
     }
 }

@@ -13,6 +13,7 @@ use pageferry_datapath::framing::{Ack, LaneWriter};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
 use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
+use pageferry_datapath::priority::GivesWay;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
 use pageferry_datapath::zero::Sorted;
@@ -47,6 +48,7 @@ pub(super) fn run(
         batch: Vec::with_capacity(BATCH_EXTENTS_MAX),
         sorted: Sorted::new(),
         unacked: Vec::new(),
+        gives_way: GivesWay::default(),
         tally: Tally::new(),
     };
     worker.serve(commands);
@@ -71,6 +73,7 @@ struct Worker {
     sorted: Sorted,
     /// What was sent since the last acknowledged barrier, neighbours joined.
     unacked: Vec<Extent>,
+    gives_way: GivesWay,
     tally: Tally,
 }
 
@@ -100,6 +103,10 @@ impl Worker {
 
     /// Moves batches until the round has no more, then waits until all of them are placed.
     fn round(&mut self, work: &RoundWork) -> Result<(), Ended> {
+        match work.round() {
+            RoundIndex(0) => self.gives_way.begin(),
+            _ => self.gives_way.end(),
+        }
         loop {
             work.next_batch(&mut self.batch);
             if self.batch.is_empty() {
