@@ -16,6 +16,7 @@
 pub mod acceptor;
 mod digest_job;
 pub mod failure;
+mod hold;
 pub mod lanes;
 pub mod link;
 pub mod monitor;

@@ -26,6 +26,7 @@ use pageferry_datapath::work::RoundWork;
 
 use super::digest_job::DigestJob;
 use super::failure;
+use super::hold::Hold;
 use super::lanes::{self, LaneChoice};
 use super::link::{Link, LinkError};
 use super::monitor::{SourceMonitor, StateStream};
@@ -143,6 +144,7 @@ struct Agent<'a> {
     monitor: &'a mut dyn SourceMonitor,
     link: Link,
     records: Option<Records>,
+    hold: Hold<Input>,
     inputs: Receiver<Input>,
     to_inputs: Sender<Input>,
     lane_events: Receiver<LaneEvent>,
@@ -206,6 +208,7 @@ impl<'a> Agent<'a> {
             monitor,
             link,
             records: Some(records),
+            hold: Hold::from_environment(),
             inputs,
             to_inputs,
             lane_events,
@@ -248,10 +251,7 @@ impl<'a> Agent<'a> {
             if machine.outcome().is_some() {
                 break;
             }
-            let input = match ready.pop_front() {
-                Some(input) => input,
-                None => self.wait(machine.deadline(), cancel),
-            };
+            let input = self.next(&machine, &mut ready, cancel);
             self.note(&input);
             machine = machine.handle(input, self.now(), &mut commands);
         }
@@ -315,6 +315,36 @@ impl<'a> Agent<'a> {
             };
             let _nobody_waits_after_the_end = to_inputs.send(input);
         });
+    }
+
+    /// What the machine hears next: answers to its commands, then what happens.
+    fn next(
+        &mut self,
+        machine: &Source,
+        ready: &mut VecDeque<Input>,
+        cancel: &Receiver<()>,
+    ) -> Input {
+        let phase = machine.phase();
+        while self.hold.holds(phase, self.now()) {
+            match ready.pop_front().unwrap_or_else(|| self.wait(machine.deadline(), cancel)) {
+                // Time passing ends this phase, so it does not pass.
+                Input::Tick if phase == Phase::Spacing => {}
+                input @ (Input::Tick | Input::Cancelled | Input::Failed(_)) => return input,
+                input @ (Input::PeerLost(_) | Input::Message(Message::Abort(_)))
+                    if phase < Phase::Deciding =>
+                {
+                    return input;
+                }
+                // From the decision on it counts what the target said before it was lost.
+                input @ Input::PeerLost(_) => {
+                    self.hold.keep(input);
+                    self.hold.end();
+                }
+                input => self.hold.keep(input),
+            }
+        }
+        let kept = self.hold.pop().or_else(|| ready.pop_front());
+        kept.unwrap_or_else(|| self.wait(machine.deadline(), cancel))
     }
 
     /// The next thing that happens; a tick at the deadline, or when it is time to tell the watcher.

@@ -22,12 +22,13 @@ use pageferry_datapath::limits;
 use pageferry_datapath::populate::Populate;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
-use pageferry_datapath::target::{Command, Input, Outcome, Target, TargetConfig};
+use pageferry_datapath::target::{Command, Input, Outcome, Phase, Target, TargetConfig};
 use pageferry_uring::target::TargetLane;
 
 use super::acceptor::{Acceptor, Arrival, ArrivingLane};
 use super::digest_job::DigestJob;
 use super::failure;
+use super::hold::Hold;
 use super::lanes::{self, LaneChoice};
 use super::link::{Link, LinkError};
 use super::monitor::{StateStream, TargetMonitor};
@@ -93,6 +94,7 @@ struct Session<'a> {
     options: &'a TargetOptions,
     link: Link,
     started: Instant,
+    hold: Hold<Input>,
     inputs: Receiver<Input>,
     to_inputs: Sender<Input>,
     lane_events: Receiver<LaneEvent>,
@@ -120,6 +122,7 @@ impl<'a> Session<'a> {
             options,
             link,
             started: Instant::now(),
+            hold: Hold::from_environment(),
             inputs,
             to_inputs,
             lane_events,
@@ -159,10 +162,11 @@ impl<'a> Session<'a> {
         let mut machine = Target::start(TargetConfig { welcome }, self.now());
         let (mut commands, mut ready) = (Vec::new(), VecDeque::new());
         while machine.outcome().is_none() {
-            let input = match ready.pop_front() {
+            let mut wait = |session: &mut Self| match ready.pop_front() {
                 Some(input) => input,
-                None => self.wait(machine.deadline(), acceptor, cancel, tell),
+                None => session.wait(machine.deadline(), acceptor, cancel, tell),
             };
+            let input = self.next(machine.phase(), &mut wait);
             self.note(&input);
             machine = machine.handle(input, self.now(), &mut commands);
             for command in commands.drain(..) {
@@ -175,6 +179,27 @@ impl<'a> Session<'a> {
 
     fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// What the machine hears next; `wait` gets the next thing that happens.
+    fn next(&mut self, phase: Phase, wait: &mut dyn FnMut(&mut Self) -> Input) -> Input {
+        while self.hold.holds(phase, self.now()) {
+            match wait(self) {
+                input @ (Input::Tick | Input::Cancelled | Input::Failed(_)) => return input,
+                input @ (Input::PeerLost(_) | Input::Message(Message::Abort(_)))
+                    if phase < Phase::Ready =>
+                {
+                    return input;
+                }
+                // From there on it counts what the source said before it was lost.
+                input @ Input::PeerLost(_) => {
+                    self.hold.keep(input);
+                    self.hold.end();
+                }
+                input => self.hold.keep(input),
+            }
+        }
+        self.hold.pop().unwrap_or_else(|| wait(self))
     }
 
     fn wait(
