@@ -42,6 +42,9 @@ pub enum Command {
     Migrate(Box<MigrateArgs>),
     /// Set up two hosts (network namespaces) with a guest each and move one live.
     Demo(DemoArgs),
+    /// Looks after a guest whose source agent dies: started by the agent itself.
+    #[command(hide = true)]
+    Guard,
     /// The program inside the demo's guest.
     #[command(hide = true)]
     GuestInit,

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use crossbeam_channel::bounded;
 use pageferry_ctl::cli::{Cli, Command};
+use pageferry_ctl::qemu::guard;
 use pageferry_ctl::report::exit::Exit;
 use pageferry_ctl::{demo, lab, migrate, probe, receive, report};
 
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Target(args) => receive::run(&args, &cancel).into(),
         Command::Demo(args) => demo::run(&args, &cancel).into(),
         Command::Probe(args) => probe::run(&args).into(),
+        Command::Guard => guard::run().into(),
         Command::GuestInit => unreachable!("it never returns"),
     }
 }

@@ -14,6 +14,7 @@ pub mod capabilities;
 pub mod channel;
 pub mod checks;
 pub mod device_state;
+pub mod guard;
 pub mod memory;
 pub mod pid;
 pub mod recorded;

@@ -4,6 +4,7 @@
 //! network. Calls block; each has a deadline of its own inside.
 
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use pageferry_datapath::control::{Offer, RegionOffer};
@@ -53,6 +54,10 @@ pub trait SourceMonitor: Send {
 
     /// Whether the monitor is still there.
     fn is_alive(&self) -> bool;
+
+    /// From here on somebody else looks after the guest if this process dies while it holds it; the
+    /// session's record tells whose it is. Touches nothing.
+    fn guard(&mut self, record: &Path) -> Result<(), Failure>;
 
     /// Maps guest memory here, in the order of the facts' regions. Touches nothing.
     fn map_memory(&mut self) -> Result<GuestMemory, Failure>;

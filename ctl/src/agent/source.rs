@@ -200,6 +200,10 @@ impl<'a> Agent<'a> {
             let hint = "name a writable folder with --state-dir";
             failure::host("record", &error, Some(hint.into()))
         })?;
+        if let Err(failure) = monitor.guard(records.path()) {
+            records.forget();
+            return Err(failure);
+        }
         let (to_inputs, inputs) = unbounded();
         let (to_lane_events, lane_events) = unbounded();
         Ok(Self {

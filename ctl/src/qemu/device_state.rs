@@ -201,21 +201,27 @@ impl Outgoing {
         {
             tracing::debug!(%desc, "QEMU's migration was refused");
         }
-        // Ours still, unless a migration took it; then QEMU says that it knows none.
-        let kept = qmp.execute("closefd", json!({ "fdname": FD }));
-        tracing::trace!(?kept, "closefd");
-        qmp.execute("migrate_cancel", json!({}))?;
-        loop {
-            let info = qmp.execute("query-migrate", json!({}))?;
-            let status = info["status"].as_str().unwrap_or("none").to_owned();
-            if has_ended(&status) {
-                return Ok(());
-            }
-            if Instant::now() >= deadline {
-                return Err(DeviceStateError::Timeout { status });
-            }
-            std::thread::sleep(QEMU_POLL);
+        cancel(qmp, deadline)
+    }
+}
+
+/// Ends a migration that an agent began, whatever has become of it, and waits until it has ended.
+/// The agent's end of the channel is closed.
+pub(super) fn cancel(qmp: &Qmp, deadline: Instant) -> Result<(), DeviceStateError> {
+    // Ours still, unless a migration took it; then QEMU says that it knows none.
+    let kept = qmp.execute("closefd", json!({ "fdname": FD }));
+    tracing::trace!(?kept, "closefd");
+    qmp.execute("migrate_cancel", json!({}))?;
+    loop {
+        let info = qmp.execute("query-migrate", json!({}))?;
+        let status = info["status"].as_str().unwrap_or("none").to_owned();
+        if has_ended(&status) {
+            return Ok(());
         }
+        if Instant::now() >= deadline {
+            return Err(DeviceStateError::Timeout { status });
+        }
+        std::thread::sleep(QEMU_POLL);
     }
 }
 

@@ -18,6 +18,7 @@ use pageferry_datapath::tracker::{DirtyTracker, ScanPhases, TrackerKind, UffdTra
 use super::capabilities::Settings;
 use super::checks::{self, QemuFacts, Side};
 use super::device_state::{DeviceStateError, Outgoing, PausedBy};
+use super::guard::Guard;
 use super::runstate;
 use super::stream::QemuStream;
 use crate::agent::failure;
@@ -39,6 +40,7 @@ pub struct QemuSource {
     stream: Option<Arc<QemuStream>>,
     /// We paused it, and it has to go on if the attempt fails.
     paused: bool,
+    guard: Option<Guard>,
 }
 
 impl QemuSource {
@@ -63,6 +65,7 @@ impl QemuSource {
             outgoing: None,
             stream: None,
             paused: false,
+            guard: None,
         })
     }
 }
@@ -74,6 +77,11 @@ impl SourceMonitor for QemuSource {
 
     fn is_alive(&self) -> bool {
         self.process.is_alive()
+    }
+
+    fn guard(&mut self, record: &Path) -> Result<(), Failure> {
+        self.guard = Some(Guard::start(&self.qmp, record)?);
+        Ok(())
     }
 
     fn map_memory(&mut self) -> Result<GuestMemory, Failure> {
@@ -125,6 +133,9 @@ impl SourceMonitor for QemuSource {
     /// none; `--verify` would show if a device did.)
     fn pause(&mut self) -> Result<(), Failure> {
         self.paused = true;
+        if let Some(guard) = &mut self.guard {
+            guard.paused()?;
+        }
         runstate::stop(&self.qmp)
             .map_err(|error| failure::host("pausing the guest", &error, None))?;
         match &mut self.outgoing {
@@ -137,6 +148,9 @@ impl SourceMonitor for QemuSource {
         match runstate::cont(&self.qmp) {
             Ok(_) => {
                 self.paused = false;
+                if let Some(guard) = &mut self.guard {
+                    guard.running();
+                }
                 Ok(())
             }
             Err(error) => Err(failure::host("resuming the guest", &error, None)),
