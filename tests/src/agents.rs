@@ -56,6 +56,17 @@ impl Agent {
         name: &str,
         args: &[&str],
     ) -> Result<Self, LabError> {
+        Self::start_held(workplace, host, name, args, "")
+    }
+
+    /// The same, held in a phase: `PHASE:MILLISECONDS`.
+    fn start_held(
+        workplace: &Arc<Workplace>,
+        host: Option<&Host>,
+        name: &str,
+        args: &[&str],
+        hold: &str,
+    ) -> Result<Self, LabError> {
         let mut command = match host {
             Some(host) => host.namespace.command(program()?),
             None => Command::new(program()?),
@@ -71,6 +82,7 @@ impl Agent {
         };
         let child = command
             .args(args)
+            .env("PAGEFERRY_HOLD", hold)
             .stdin(Stdio::null())
             .stdout(file(&out)?)
             .stderr(file(&err)?)
@@ -107,13 +119,26 @@ impl Agent {
         to: Option<&Host>,
         more: &[&str],
     ) -> Result<Self, LabError> {
+        Self::source_held(workplace, host, name, qemu, to, more, "")
+    }
+
+    /// The same, held in a phase: `PHASE:MILLISECONDS`.
+    pub fn source_held(
+        workplace: &Arc<Workplace>,
+        host: Option<&Host>,
+        name: &str,
+        qemu: &Qemu,
+        to: Option<&Host>,
+        more: &[&str],
+        hold: &str,
+    ) -> Result<Self, LabError> {
         let to = address(to);
         let state = workplace.file(&format!("{name}.state")).display().to_string();
         let qmp = qemu.qmp().display().to_string();
         let mut args = vec!["migrate", "--qmp", &qmp, "--to", &to, "--json"];
         args.extend(["--state-dir", &state]);
         args.extend(more);
-        Self::start(workplace, host, name, &args)
+        Self::start_held(workplace, host, name, &args, hold)
     }
 
     /// The agent's own process: `ip netns exec` replaces itself by it.
@@ -133,8 +158,17 @@ impl Agent {
 
     /// Waits until it has said `text`.
     pub fn wait_text(&self, text: &str, within: Duration) -> Result<(), LabError> {
+        self.wait_said(&self.out, text, within)
+    }
+
+    /// Waits until `text` stands in its standard error, from it or from a process of its own.
+    pub fn wait_error(&self, text: &str, within: Duration) -> Result<(), LabError> {
+        self.wait_said(&self.err, text, within)
+    }
+
+    fn wait_said(&self, file: &Path, text: &str, within: Duration) -> Result<(), LabError> {
         let deadline = Instant::now() + within;
-        while !self.said().contains(text) {
+        while !std::fs::read_to_string(file).unwrap_or_default().contains(text) {
             if Instant::now() > deadline {
                 return Err(LabError::Timeout {
                     what: format!("an agent to say {text:?}"),

@@ -74,17 +74,28 @@ impl Scene {
 
     /// Starts both agents; the target agent listens when this returns.
     pub fn agents(&self, waiting: &Qemu, more: &[&str]) -> Result<(Agent, Agent), LabError> {
+        self.agents_held(waiting, more, "")
+    }
+
+    /// The same, with the source agent held in a phase: `PHASE:MILLISECONDS`.
+    pub fn agents_held(
+        &self,
+        waiting: &Qemu,
+        more: &[&str],
+        hold: &str,
+    ) -> Result<(Agent, Agent), LabError> {
         let (from, to) = (self.here(), self.there());
         let attempt = self.attempts.load(Ordering::Relaxed);
         let name = |role: &str| format!("{role}-{attempt}");
         let target = Agent::target(&self.workplace, Some(to), &name("target"), waiting, &[])?;
-        let source = Agent::source(
+        let source = Agent::source_held(
             &self.workplace,
             Some(from),
             &name("source"),
             &self.guest,
             Some(to),
             more,
+            hold,
         )?;
         Ok((source, target))
     }
