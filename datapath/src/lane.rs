@@ -3,7 +3,7 @@
 //! A lane is one connection with its worker. The source's lanes pull batches from a
 //! [`RoundWork`], and when it is empty send a barrier; the target
 //! acknowledges it once every byte before it is in guest memory. Implemented by `uring` (TCP) and
-//! later by `rdma`; nothing here knows which.
+//! by `rdma`; nothing here knows which.
 
 use std::io;
 use std::sync::Arc;
@@ -28,6 +28,17 @@ pub enum LanePath {
     TcpPlain,
     /// RDMA WRITE on a reliable-connected queue pair.
     Rdma,
+}
+
+impl LanePath {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TcpUring => "TCP by io_uring",
+            Self::TcpPlain => "TCP by plain sockets",
+            Self::Rdma => "RDMA",
+        }
+    }
 }
 
 /// Whether the kernel sent from guest memory without copying.
@@ -151,6 +162,19 @@ pub enum LaneError {
         /// The errno.
         #[source]
         source: io::Error,
+    },
+    /// What the transport has words of its own for.
+    #[error("lane {lane}: {}", path.name())]
+    Transport {
+        /// Which lane.
+        lane: LaneId,
+        /// Which transport.
+        path: LanePath,
+        /// What the operator can do about it.
+        hint: Option<String>,
+        /// What happened.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// No progress for the time given.
     #[error("lane {lane}: no progress for {waited_ms} ms")]

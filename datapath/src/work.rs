@@ -48,6 +48,12 @@ impl RoundWork {
         self.taken_bytes.load(Ordering::Relaxed)
     }
 
+    /// What was not handed out yet, for whoever prepares for it.
+    pub fn left(&self) -> Vec<Extent> {
+        let left = self.left.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        left.iter().copied().collect()
+    }
+
     /// Replaces `batch` with the next extents, at most [`limits::BATCH_EXTENTS_MAX`] of them and
     /// [`limits::BATCH_BYTES_MAX`] bytes; empty when nothing is left.
     pub fn next_batch(&self, batch: &mut Vec<Extent>) {

@@ -1,0 +1,218 @@
+//! A lane's connection as its worker sees it: completions, messages and events, waited for.
+//!
+//! Owned by one worker thread; the [`Stop`] in it is shared with whoever may stop the lane. It
+//! polls for as long as that pays, then sleeps on the completion channel, the connection's events
+//! and the stop at once:
+//!
+//! ```text
+//!   poll ... poll ─▶ arm ─▶ poll once more ─▶ poll(2) ─▶ take the event ─▶ poll
+//!                            `- a completion that came before arming raises no event
+//! ```
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::cm_sys::CmEvent;
+use crate::error::{CmEventKind, RdmaError, Status};
+use crate::mailbox::Mailbox;
+use crate::message::Message;
+use crate::qp_sys::{Completion, QueuePair};
+use crate::spin::Spin;
+use crate::stop::Stop;
+
+/// A connection and what came of it.
+#[derive(Debug)]
+pub(crate) struct Line {
+    pub(crate) qp: QueuePair,
+    pub(crate) mailbox: Mailbox,
+    stop: Arc<Stop>,
+    spin: Spin,
+    completions: Vec<Completion>,
+    messages: VecDeque<Message>,
+    /// Entries of WRITEs and READs that are done.
+    done: VecDeque<u64>,
+    /// Times it slept: what a wait costs beyond polling.
+    sleeps: u64,
+}
+
+impl Line {
+    pub(crate) fn new(qp: QueuePair, mailbox: Mailbox, stop: Arc<Stop>) -> Self {
+        Self {
+            qp,
+            mailbox,
+            stop,
+            spin: Spin::new(),
+            completions: Vec::new(),
+            messages: VecDeque::new(),
+            done: VecDeque::new(),
+            sleeps: 0,
+        }
+    }
+
+    pub(crate) fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
+    /// Times the worker slept.
+    pub(crate) fn sleeps(&self) -> u64 {
+        self.sleeps
+    }
+
+    /// The next message that has come.
+    pub(crate) fn message(&mut self) -> Option<Message> {
+        self.messages.pop_front()
+    }
+
+    /// The next entry that is done.
+    pub(crate) fn next_done(&mut self) -> Option<u64> {
+        self.done.pop_front()
+    }
+
+    /// Sends a message once there is room for it.
+    pub(crate) fn send(&mut self, message: &Message, wait: Duration) -> Result<(), RdmaError> {
+        self.until(wait, |line| line.mailbox.can_send(&line.qp))?;
+        self.mailbox.send(&mut self.qp, message)
+    }
+
+    /// Waits until `is_so`; anything that arrives counts as progress.
+    pub(crate) fn until(
+        &mut self,
+        progress_wait: Duration,
+        mut is_so: impl FnMut(&mut Self) -> bool,
+    ) -> Result<(), RdmaError> {
+        while !is_so(self) {
+            if !self.wait(progress_wait)? {
+                return Err(RdmaError::Stalled { waited_ms: progress_wait.as_millis() as u64 });
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for something to arrive, for at most this long; whether something did.
+    pub(crate) fn wait(&mut self, limit: Duration) -> Result<bool, RdmaError> {
+        self.stop.check()?;
+        if self.collect()? {
+            return Ok(true);
+        }
+        let start = Instant::now();
+        let budget = self.spin.budget().min(limit);
+        while start.elapsed() < budget {
+            std::hint::spin_loop();
+            if self.collect()? {
+                self.spin.waited(start.elapsed());
+                return Ok(true);
+            }
+        }
+        loop {
+            self.qp.arm()?;
+            if self.collect()? {
+                self.spin.waited(start.elapsed());
+                return Ok(true);
+            }
+            let left = limit.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            self.sleep(left)?;
+            self.stop.check()?;
+            if self.collect()? {
+                self.spin.waited(start.elapsed());
+                return Ok(true);
+            }
+        }
+    }
+
+    fn sleep(&mut self, limit: Duration) -> Result<(), RdmaError> {
+        self.sleeps += 1;
+        // Rounded up: a wait of less than a millisecond must not become a loop.
+        let limit = limit.as_millis().saturating_add(1).min(i32::MAX as u128) as i32;
+        let timeout = PollTimeout::try_from(limit).expect("not negative");
+        let (completed, happened) = {
+            let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
+            let mut fds = [
+                readable(self.qp.completion_fd()),
+                readable(self.qp.connection_fd()),
+                readable(self.stop.as_fd()),
+            ];
+            match poll(&mut fds, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(RdmaError::Call { call: "poll", source: errno.into() }),
+            }
+            let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+            (is_ready(&fds[0]), is_ready(&fds[1]))
+        };
+        if completed {
+            self.qp.take_completion_event();
+        }
+        if happened {
+            self.events()?;
+        }
+        Ok(())
+    }
+
+    /// Takes the connection's events; one that ends it is an error, after what came before it.
+    fn events(&mut self) -> Result<(), RdmaError> {
+        while let Some(event) = self.qp.connection_event()? {
+            if let Some(error) = ending(&event) {
+                // What had arrived before it counts: a close, an acknowledgement.
+                return match self.collect() {
+                    Ok(true) if !self.messages.is_empty() => Ok(()),
+                    _ => Err(error),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what has completed; whether anything has.
+    fn collect(&mut self) -> Result<bool, RdmaError> {
+        if let Err(error) = self.qp.poll(&mut self.completions) {
+            return Err(self.cause(error));
+        }
+        let mut completions = std::mem::take(&mut self.completions);
+        let any = !completions.is_empty();
+        for completion in completions.drain(..) {
+            match completion {
+                Completion::Done { entry } if self.mailbox.sent(entry) => {}
+                Completion::Done { entry } => self.done.push_back(entry),
+                Completion::Received { slot, bytes } => {
+                    match self.mailbox.receive(&mut self.qp, slot, bytes) {
+                        Ok(message) => self.messages.push_back(message),
+                        Err(error) => return Err(self.cause(error)),
+                    }
+                }
+            }
+        }
+        self.completions = completions;
+        Ok(any)
+    }
+
+    /// What was flushed says nothing of why: the connection's events may.
+    fn cause(&mut self, error: RdmaError) -> RdmaError {
+        if !matches!(error, RdmaError::Completion { status: Status::Flushed, .. }) {
+            return error;
+        }
+        while let Ok(Some(event)) = self.qp.connection_event() {
+            if let Some(cause) = ending(&event) {
+                return cause;
+            }
+        }
+        RdmaError::PeerClosed
+    }
+}
+
+/// The error that an event means for a connection that stands.
+fn ending(event: &CmEvent) -> Option<RdmaError> {
+    match event.kind {
+        CmEventKind::Established | CmEventKind::TimeWaitExit => None,
+        CmEventKind::Disconnected => Some(RdmaError::PeerClosed),
+        CmEventKind::DeviceRemoval => Some(RdmaError::DeviceRemoved),
+        CmEventKind::AddressChange => Some(RdmaError::AddressChanged),
+        kind => Some(RdmaError::Event { event: kind, status: event.status }),
+    }
+}

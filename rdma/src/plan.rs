@@ -1,0 +1,82 @@
+//! What the caller decides about lanes before they start.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use pageferry_datapath::framing::hello::Ticket;
+use pageferry_datapath::ids::{LaneId, SessionId};
+
+use crate::limits;
+
+/// Which memory the devices keep in place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pin {
+    /// All guest memory, holes too, before and while the first pages move.
+    All,
+    /// Slices that hold something, when they are first needed.
+    #[default]
+    Touched,
+}
+
+/// One lane to open.
+#[derive(Clone, Debug)]
+pub struct LanePlan {
+    /// Its number in the session.
+    pub lane: LaneId,
+    /// What the target gave out for it.
+    pub ticket: Ticket,
+    /// The core to pin its worker to.
+    pub cpu: Option<usize>,
+}
+
+/// How a source opens its lanes.
+#[derive(Clone, Debug)]
+pub struct ConnectPlan {
+    /// Where the target listens for RDMA.
+    pub addr: SocketAddr,
+    /// Local address to connect from; else the route decides.
+    pub from: Option<IpAddr>,
+    /// The session the lanes belong to.
+    pub session: SessionId,
+    /// The lanes; at least one.
+    pub lanes: Vec<LanePlan>,
+    /// Which memory is pinned here.
+    pub pin: Pin,
+    /// Requests a lane may have posted; the device may have fewer.
+    pub depth: u32,
+    /// Resolving, connecting and probing one lane.
+    pub connect_wait: Duration,
+    /// A lane without progress for this long has failed.
+    pub progress_wait: Duration,
+}
+
+impl ConnectPlan {
+    /// A plan with the defaults.
+    pub fn new(addr: SocketAddr, session: SessionId, lanes: Vec<LanePlan>) -> Self {
+        Self {
+            addr,
+            from: None,
+            session,
+            lanes,
+            pin: Pin::default(),
+            depth: limits::SEND_DEPTH,
+            connect_wait: limits::CONNECT_WAIT_MAX,
+            progress_wait: limits::PROGRESS_WAIT_MAX,
+        }
+    }
+}
+
+/// How a target runs one lane.
+#[derive(Clone, Debug)]
+pub struct TargetLaneConfig {
+    /// The core to pin its worker to.
+    pub cpu: Option<usize>,
+    /// From the acceptance until the source has connected.
+    pub connect_wait: Duration,
+}
+
+impl Default for TargetLaneConfig {
+    fn default() -> Self {
+        Self { cpu: None, connect_wait: limits::CONNECT_WAIT_MAX }
+    }
+}
