@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::agent::lanes::Transport;
 use crate::agent::record::STATE_DIR;
 
 /// Live-migrates the memory of a running virtual machine to another host.
@@ -73,6 +74,9 @@ pub struct TargetArgs {
     /// Most lanes a source may open.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub lanes_max: u16,
+    /// What lanes may run on.
+    #[arg(long, value_enum, default_value_t = Transport::Auto)]
+    pub transport: Transport,
     /// Where to write down what was decided.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
@@ -105,6 +109,9 @@ pub struct MigrateArgs {
     /// Cores the lanes may use, like 0-3,8. Default: chosen from the machine.
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
+    /// What lanes run on.
+    #[arg(long, value_enum, default_value_t = Transport::Auto)]
+    pub transport: Transport,
     /// The longest pause wanted, in milliseconds.
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub downtime_ms: u64,

@@ -5,10 +5,10 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
 use pageferry_datapath::planner::{Goals, Stalled};
-use pageferry_datapath::source::{FailureKind, Outcome, Phase, RoundReport, SourceReport};
+use pageferry_datapath::source::{Failure, FailureKind, Outcome, Phase, RoundReport, SourceReport};
 use pageferry_uring::plan::{PathWish, ZeroCopyWish};
 
-use crate::agent::lanes::LaneChoice;
+use crate::agent::lanes::{self, LaneChoice, Transport};
 use crate::agent::monitor::GuestFacts;
 use crate::agent::source::{self, SourceOptions, SourceResult, Watch};
 use crate::cli::{CpuList, MigrateArgs, NotConverging, ZeroCopyChoice};
@@ -22,19 +22,20 @@ use crate::report::timeline::{Timeline, ms, per_second};
 
 /// Runs the subcommand.
 pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporter) -> Exit {
-    let options = options(args);
+    let mut options = options(args);
     let mut monitor = match QemuSource::inspect(&args.qmp, args.scan) {
         Ok(monitor) => monitor,
-        Err(failure) => {
-            let outcome = Outcome::Failed { kind: FailureKind::Refused, failure };
-            let result = SourceResult::untouched(outcome);
-            let latencies = Latencies::collect(&result.lanes, &result.scans);
-            let summary = summary(&GuestFacts::default(), &result, Exit::Refused, &latencies);
-            reporter.event(&Event::Summary(Box::new(summary)));
-            return Exit::Refused;
-        }
+        Err(failure) => return refused(failure, reporter),
     };
     let facts = crate::agent::monitor::SourceMonitor::facts(&monitor).clone();
+    if let (None, Some(what)) = (&options.lanes.no_rdma, &facts.gives_memory_back) {
+        // A page that a device has pinned stays the device's when the guest gets another for it.
+        options.lanes.no_rdma = Some(format!("{what} may give memory back that RDMA has pinned"));
+    }
+    if let (Transport::Rdma, Some(why)) = (args.transport, &options.lanes.no_rdma) {
+        let hint = "leave out --transport rdma, or see `pageferry probe`";
+        return refused(crate::agent::failure::no_rdma(why, hint), reporter);
+    }
     let mut told = Told::default();
     let result = source::run(&options, &mut monitor, cancel, &mut |watch| {
         told.tell(watch, &facts, &options, reporter);
@@ -52,12 +53,23 @@ pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporte
     exit
 }
 
+fn refused(failure: Failure, reporter: &mut dyn Reporter) -> Exit {
+    let outcome = Outcome::Failed { kind: FailureKind::Refused, failure };
+    let result = SourceResult::untouched(outcome);
+    let latencies = Latencies::collect(&result.lanes, &result.scans);
+    let summary = summary(&GuestFacts::default(), &result, Exit::Refused, &latencies);
+    reporter.event(&Event::Summary(Box::new(summary)));
+    Exit::Refused
+}
+
 fn options(args: &MigrateArgs) -> SourceOptions {
     SourceOptions {
         to: args.to.clone(),
         target_qmp: args.target_qmp.as_ref().map(|path| path.display().to_string()),
         qmp: args.qmp.clone(),
         lanes: LaneChoice {
+            transport: args.transport,
+            no_rdma: lanes::no_rdma(args.transport),
             count: args.lanes,
             cpus: cpus(args.cpus.as_ref()),
             path: path(args.no_io_uring),
@@ -154,7 +166,7 @@ fn start(watch: &Watch<'_>, facts: &GuestFacts, options: &SourceOptions) -> Star
         at_ms: ms(watch.at),
         session: watch.session.to_string(),
         transport: watch.path.unwrap_or(LanePath::TcpPlain),
-        transport_reason: transport_reason(options),
+        transport_reason: transport_reason(watch, options),
         tracker: facts.tracker.0.clone(),
         tracker_reason: facts.tracker.1.clone(),
         lanes: watch.lanes,
@@ -163,7 +175,10 @@ fn start(watch: &Watch<'_>, facts: &GuestFacts, options: &SourceOptions) -> Star
     }
 }
 
-fn transport_reason(options: &SourceOptions) -> String {
+fn transport_reason(watch: &Watch<'_>, options: &SourceOptions) -> String {
+    if let Some(reason) = watch.path_reason {
+        return reason.to_owned();
+    }
     match options.lanes.path {
         PathWish::Plain => "TCP by plain sockets: asked for".into(),
         PathWish::Uring => "TCP by io_uring: asked for".into(),
@@ -210,8 +225,11 @@ fn summary(
         },
         guest_running_on: running_on(&result.outcome),
         session: result.session.to_string(),
-        transport: result.lanes.first().map(|lane| lane.path),
-        transport_reason: result.lanes.first().map(|lane| lane.path_reason.clone()),
+        transport: result.lanes.last().map(|lane| lane.path),
+        transport_reason: result.lanes.last().map(|lane| match &result.path_reason {
+            Some(chosen) => format!("{}; {chosen}", lane.path_reason),
+            None => lane.path_reason.clone(),
+        }),
         tracker: Some(facts.tracker.0.clone()).filter(|name| !name.is_empty()),
         tracker_reason: Some(facts.tracker.1.clone()).filter(|reason| !reason.is_empty()),
         lanes: result.lanes.len(),

@@ -7,7 +7,7 @@ use pageferry_uring::plan::ZeroCopyWish;
 
 use crate::agent::acceptor::Acceptor;
 use crate::agent::failure;
-use crate::agent::lanes::LaneChoice;
+use crate::agent::lanes::{self, LaneChoice};
 use crate::agent::monitor::TargetMonitor;
 use crate::agent::target::{self, TargetOptions, TargetResult};
 use crate::cli::TargetArgs;
@@ -32,6 +32,8 @@ pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
     say(args, "listening", &format!("listening on {}", acceptor.address()), None);
     let options = TargetOptions {
         lanes: LaneChoice {
+            transport: args.transport,
+            no_rdma: lanes::no_rdma(args.transport),
             count: Some(args.lanes_max),
             cpus: cpus(args.cpus.as_ref()),
             path: path(args.no_io_uring),

@@ -3,8 +3,9 @@
 .PHONY: test-rdma rdma-packages
 
 # REQUIRE_RDMA=1 makes everything that would be skipped a failure; ARGS picks tests by name.
-test-rdma: rdma-packages
+test-rdma: setup rdma-packages
 	tests/rdma-vm/selftest $(ARGS)
+	tests/rdma-vm/lanes $(ARGS)
 
 rdma-packages:
 	@tests/rdma-vm/packages --install

@@ -39,6 +39,16 @@ pub fn refused(error: &(dyn Error + 'static), hint: Option<String>) -> Failure {
     Failure { reason: AbortReason::Refused, by_peer: false, text: chain("", error), hint }
 }
 
+/// RDMA was asked for, and there is none.
+pub fn no_rdma(why: &str, hint: &str) -> Failure {
+    Failure {
+        reason: AbortReason::Refused,
+        by_peer: false,
+        text: format!("no lanes over RDMA: {why}"),
+        hint: Some(hint.into()),
+    }
+}
+
 /// Text that may come from the peer, fit for a terminal: one line, no control characters, bounded.
 pub fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(2000).collect()

@@ -17,14 +17,30 @@ use pageferry_uring::plan::{
 };
 use pageferry_uring::source::LanePool;
 
-use super::failure;
+use super::{failure, rdma};
 
 /// Eight connections fill 100 GbE; more only cost.
 const LANES_DEFAULT_MAX: u16 = 8;
 
+/// What lanes run on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Transport {
+    /// RDMA where a page written to the other host and read back was the same, else TCP.
+    #[default]
+    Auto,
+    /// RDMA, or an error.
+    Rdma,
+    /// TCP.
+    Tcp,
+}
+
 /// What one side was told, or found out, about its lanes.
 #[derive(Clone, Debug)]
 pub struct LaneChoice {
+    /// What they may run on.
+    pub transport: Transport,
+    /// Why RDMA is not offered, or not taken, from this side; `None` if it may be.
+    pub no_rdma: Option<String>,
     /// Source: how many, if told. Target: how many at most.
     pub count: Option<u16>,
     /// Cores that lanes may use, in the order they are used.
@@ -38,11 +54,14 @@ pub struct LaneChoice {
 impl LaneChoice {
     /// The paths this side can take, best first.
     pub fn paths(&self) -> Vec<LanePath> {
-        match self.path {
-            PathWish::Auto => vec![LanePath::TcpUring, LanePath::TcpPlain],
-            PathWish::Uring => vec![LanePath::TcpUring],
-            PathWish::Plain => vec![LanePath::TcpPlain],
-        }
+        let rdma = self.no_rdma.is_none().then_some(LanePath::Rdma);
+        let tcp = match (self.transport, self.path) {
+            (Transport::Rdma, _) => vec![],
+            (_, PathWish::Auto) => vec![LanePath::TcpUring, LanePath::TcpPlain],
+            (_, PathWish::Uring) => vec![LanePath::TcpUring],
+            (_, PathWish::Plain) => vec![LanePath::TcpPlain],
+        };
+        rdma.into_iter().chain(tcp).collect()
     }
 
     /// Target: how many lanes a session gets.
@@ -69,9 +88,17 @@ impl LaneChoice {
     }
 }
 
-/// Target: the best path that both sides can take. The two ends of a lane need not use the same
-/// system calls, so this is what the source will do.
-pub fn path_for(offered: &[LanePath], _choice: &LaneChoice) -> LanePath {
+/// Why there is no RDMA, as far as this side knows before it asks the other.
+pub fn no_rdma(transport: Transport) -> Option<String> {
+    match transport {
+        Transport::Tcp => Some("TCP was asked for".into()),
+        Transport::Auto | Transport::Rdma => rdma::why_not(),
+    }
+}
+
+/// Target: the best path over TCP that both sides can take. The two ends of a lane need not use
+/// the same system calls, so this is what the source will do.
+pub fn tcp_path_for(offered: &[LanePath]) -> LanePath {
     offered
         .iter()
         .copied()
@@ -80,17 +107,45 @@ pub fn path_for(offered: &[LanePath], _choice: &LaneChoice) -> LanePath {
 }
 
 /// Target: what of the offered lanes is not used, and why.
-pub fn refused(offer: &LaneOffer, path: LanePath) -> Vec<Refused> {
+pub fn refused(offer: &LaneOffer, path: LanePath, no_rdma: Option<&str>) -> Vec<Refused> {
     let unused = offer.paths.iter().filter(|offered| **offered != path);
     unused
         .map(|unused| Refused {
             what: format!("{unused:?}"),
-            reason: format!("{path:?} was offered before it"),
+            reason: match (unused, no_rdma) {
+                (LanePath::Rdma, Some(why)) => why.to_owned(),
+                _ => format!("{path:?} was offered before it"),
+            },
         })
         .collect()
 }
 
-/// Source: connects every lane of the choice.
+/// Source: why the target does not take RDMA, if it said so.
+pub fn refused_rdma(choice: &Choice) -> Option<&str> {
+    let refused = choice.refused.iter().find(|refused| refused.what == "Rdma")?;
+    Some(&refused.reason)
+}
+
+/// Source: connects every lane of the choice over RDMA; what went wrong is a text.
+pub fn open_rdma(
+    address: SocketAddr,
+    session: SessionId,
+    choice: &Choice,
+    lanes: &LaneChoice,
+    memory: &GuestMemory,
+    events: Sender<LaneEvent>,
+) -> Result<Box<dyn SourceLanes>, String> {
+    let port = choice.rdma_port.ok_or("the target did not say where it listens")?;
+    let address = SocketAddr::new(address.ip(), port);
+    let plans = choice.lanes.iter().enumerate().map(|(lane, ticket)| rdma::LanePlan {
+        lane: LaneId(lane as u16),
+        ticket: ticket.ticket,
+        cpu: lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
+    });
+    rdma::connect(address, session, plans.collect(), memory, events)
+}
+
+/// Source: connects every lane of the choice over TCP.
 pub fn open(
     address: SocketAddr,
     session: SessionId,

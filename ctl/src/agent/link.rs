@@ -127,6 +127,11 @@ impl Link {
         let _already_closed_is_fine = self.stream.shutdown(Shutdown::Write);
     }
 
+    /// This end's address.
+    pub fn local(&self) -> Option<SocketAddr> {
+        self.stream.local_addr().ok()
+    }
+
     /// The peer's address.
     pub fn peer(&self) -> Option<SocketAddr> {
         self.stream.peer_addr().ok()

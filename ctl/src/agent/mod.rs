@@ -20,6 +20,11 @@ mod hold;
 pub mod lanes;
 pub mod link;
 pub mod monitor;
+#[cfg(feature = "rdma")]
+pub mod rdma;
+#[cfg(not(feature = "rdma"))]
+#[path = "no_rdma.rs"]
+pub mod rdma;
 pub mod record;
 pub mod source;
 pub mod target;

@@ -25,6 +25,8 @@ pub struct GuestFacts {
     pub regions: Vec<RegionOffer>,
     /// Why a drain point is needed (a disk whose direct I/O escapes the tracker), if one is.
     pub drain: Option<String>,
+    /// The device, if there is one, by which the guest may give memory back while it runs.
+    pub gives_memory_back: Option<String>,
     /// Which tracker will be used, and why it.
     pub tracker: (String, String),
 }

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
-use pageferry_datapath::control::{Choice, Hello, LaneOffer, Message, Offer, SourceLimits};
+use pageferry_datapath::control::{
+    AbortReason, Choice, Hello, LaneOffer, Message, Offer, SourceLimits,
+};
 use pageferry_datapath::holes::{self, HolesError};
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::lane::{LaneEvent, LanePath, LaneStats, SourceLanes};
@@ -27,7 +29,7 @@ use pageferry_datapath::work::RoundWork;
 use super::digest_job::DigestJob;
 use super::failure;
 use super::hold::Hold;
-use super::lanes::{self, LaneChoice};
+use super::lanes::{self, LaneChoice, Transport};
 use super::link::{Link, LinkError};
 use super::monitor::{SourceMonitor, StateStream};
 use super::record::{Decision, Record, Records, Role};
@@ -69,6 +71,8 @@ pub struct Watch<'a> {
     pub session: SessionId,
     /// The lanes' transport, once it was chosen.
     pub path: Option<LanePath>,
+    /// Why that one, where there was a choice.
+    pub path_reason: Option<&'a str>,
     /// Since the attempt began.
     pub at: Duration,
     /// Where the source is.
@@ -91,8 +95,10 @@ pub struct SourceResult {
     pub outcome: Outcome,
     /// What the machine learned.
     pub report: SourceReport,
-    /// What each lane counted.
+    /// What each lane counted; those that carried on for others come after them.
     pub lanes: Vec<LaneStats>,
+    /// Why lanes ran on what they did, where there was a choice.
+    pub path_reason: Option<String>,
     /// Time of each scan.
     pub scans: Vec<Duration>,
     /// Size of the device state.
@@ -111,6 +117,7 @@ impl SourceResult {
             outcome,
             report: SourceReport::default(),
             lanes: Vec::new(),
+            path_reason: None,
             scans: Vec::new(),
             state_bytes: 0,
             attach_stopped: None,
@@ -152,12 +159,19 @@ struct Agent<'a> {
     lane_choice: LaneChoice,
     same_host: bool,
     path: Option<LanePath>,
+    path_reason: Option<String>,
+    /// What the lanes were opened by, and may be opened by once more over TCP.
+    choice: Option<Choice>,
     lanes: Option<Box<dyn SourceLanes>>,
     /// Lanes opened; each has its part in every round.
     lane_count: usize,
     lane_stats: Vec<LaneStats>,
     work: Option<Arc<RoundWork>>,
     placed: usize,
+    /// The round on its way over RDMA, should TCP have to carry on with it.
+    moving: Option<(RoundIndex, DirtySet)>,
+    /// By lanes that are gone.
+    moved_before: u64,
     /// Found by all rounds before.
     zero_bytes: u64,
     memory: GuestMemory,
@@ -220,11 +234,15 @@ impl<'a> Agent<'a> {
             lane_choice: options.lanes.clone(),
             same_host: false,
             path: None,
+            path_reason: None,
+            choice: None,
             lanes: None,
             lane_count: 0,
             lane_stats: Vec::new(),
             work: None,
             placed: 0,
+            moving: None,
+            moved_before: 0,
             zero_bytes: 0,
             memory: GuestMemory::default(),
             tracker: None,
@@ -379,13 +397,39 @@ impl<'a> Agent<'a> {
                 }
             }
             LaneEvent::Failed { error, .. } => {
-                Input::Failed(failure::host("moving memory", &error, Some(LANE_HINT.into())))
+                let failed = failure::host("moving memory", &error, Some(LANE_HINT.into()));
+                self.carry_on(failed).map_or_else(Input::Failed, |()| Input::Tick)
             }
             LaneEvent::Closed { .. } => Input::Tick,
         }
     }
 
+    /// A lane over RDMA is gone: TCP takes the round from its beginning, where it may. Accepting the
+    /// first new lane, the target fences all old ones, so nothing older comes after what is sent
+    /// now.
+    fn carry_on(&mut self, failed: Failure) -> Result<(), Failure> {
+        let may = self.path == Some(LanePath::Rdma)
+            && self.lane_choice.transport == Transport::Auto
+            && self.lanes.is_some();
+        let Some(choice) = self.choice.clone().filter(|_| may) else { return Err(failed) };
+        tracing::warn!(reason = %failed.text, "RDMA is lost; carrying on over TCP");
+        self.moved_before = self.lanes.as_ref().map_or(0, |lanes| lanes.moved_bytes());
+        self.close_lanes(true);
+        // What the old lanes still had to say is about the past.
+        (self.to_lane_events, self.lane_events) = unbounded();
+        self.zero_bytes = 0;
+        self.open_tcp(
+            &choice,
+            format!("carried on over TCP after RDMA was lost: {}", failed.text),
+        )?;
+        if let Some((round, pages)) = self.moving.take() {
+            self.move_round(round, &pages);
+        }
+        Ok(())
+    }
+
     fn round_placed(&mut self, round: RoundIndex) -> Input {
+        self.moving = None;
         let zero_bytes = self.lanes.as_ref().map_or(0, |lanes| lanes.zero_bytes());
         let before = std::mem::replace(&mut self.zero_bytes, zero_bytes);
         Input::Placed { round, zero_bytes: zero_bytes - before }
@@ -438,9 +482,58 @@ impl<'a> Agent<'a> {
     fn open_lanes(&mut self, choice: &Choice) -> Result<Input, Failure> {
         // The lanes lease guest memory, so it is mapped before them and tracked after.
         self.memory = self.monitor.map_memory()?;
-        let address = self.link.peer().ok_or_else(|| lost(&LinkError::Closed))?;
-        self.path = choice.lanes.first().map(|lane| lane.path);
         self.lane_count = choice.lanes.len();
+        self.choice = Some(choice.clone());
+        let chosen = choice.lanes.first().map(|lane| lane.path);
+        let no_rdma = match (chosen, &self.lane_choice.no_rdma) {
+            (Some(LanePath::Rdma), _) => match self.open_rdma(choice) {
+                Ok(()) => return Ok(Input::LanesOpen),
+                Err(why) => why,
+            },
+            (_, Some(why)) => why.clone(),
+            (_, None) => {
+                let why = lanes::refused_rdma(choice).unwrap_or("the target knows none");
+                format!("at the target: {why}")
+            }
+        };
+        match self.lane_choice.transport {
+            Transport::Rdma => Err(Failure {
+                reason: AbortReason::HostFailed,
+                by_peer: false,
+                text: format!("no lanes over RDMA: {no_rdma}"),
+                hint: Some("leave out --transport rdma: TCP is used where RDMA is not".into()),
+            }),
+            Transport::Auto => self.open_tcp(choice, format!("no RDMA: {no_rdma}")),
+            Transport::Tcp => self.open_tcp(choice, no_rdma),
+        }?;
+        Ok(Input::LanesOpen)
+    }
+
+    fn open_rdma(&mut self, choice: &Choice) -> Result<(), String> {
+        let address = self.link.peer().ok_or("the target is gone")?;
+        let opened = lanes::open_rdma(
+            address,
+            self.session,
+            choice,
+            &self.lane_choice,
+            &self.memory,
+            self.to_lane_events.clone(),
+        );
+        self.lanes = Some(opened?);
+        self.path = Some(LanePath::Rdma);
+        let reason = "on each lane a page was written to the target and read back";
+        self.path_reason = Some(reason.into());
+        Ok(())
+    }
+
+    fn open_tcp(&mut self, choice: &Choice, reason: String) -> Result<(), Failure> {
+        let address = self.link.peer().ok_or_else(|| lost(&LinkError::Closed))?;
+        let chosen = choice.lanes.first().map(|lane| lane.path);
+        self.path = match chosen {
+            Some(LanePath::Rdma) => self.lane_choice.paths().into_iter().nth(1),
+            chosen => chosen,
+        };
+        self.path_reason = Some(reason).filter(|_| self.lane_choice.transport == Transport::Auto);
         self.lanes = Some(lanes::open(
             address,
             self.session,
@@ -450,7 +543,7 @@ impl<'a> Agent<'a> {
             &self.memory,
             self.to_lane_events.clone(),
         )?);
-        Ok(Input::LanesOpen)
+        Ok(())
     }
 
     fn attach(&mut self) -> Result<Input, Failure> {
@@ -475,6 +568,7 @@ impl<'a> Agent<'a> {
     fn move_round(&mut self, round: RoundIndex, pages: &DirtySet) -> Option<Input> {
         let work = Arc::new(RoundWork::new(round, pages.extents()));
         self.placed = 0;
+        self.moving = (self.path == Some(LanePath::Rdma)).then(|| (round, pages.clone()));
         self.work = Some(Arc::clone(&work));
         self.lanes.as_mut().expect("lanes open before rounds").move_round(work);
         None
@@ -581,7 +675,7 @@ impl<'a> Agent<'a> {
 
     fn close_lanes(&mut self, abort: bool) {
         if let Some(lanes) = self.lanes.take() {
-            self.lane_stats = lanes.close(abort);
+            self.lane_stats.extend(lanes.close(abort));
         }
     }
 
@@ -591,10 +685,11 @@ impl<'a> Agent<'a> {
         }
     }
 
-    fn watched<'m>(&self, machine: &'m Source) -> Watch<'m> {
+    fn watched<'m>(&'m self, machine: &'m Source) -> Watch<'m> {
         Watch {
             session: self.session,
             path: self.path,
+            path_reason: self.path_reason.as_deref(),
             at: self.now(),
             phase: machine.phase(),
             report: machine.report(),
@@ -602,7 +697,8 @@ impl<'a> Agent<'a> {
                 .work
                 .as_ref()
                 .map_or((0, 0), |work| (work.total_bytes(), work.taken_bytes())),
-            moved_bytes: self.lanes.as_ref().map_or(0, |lanes| lanes.moved_bytes()),
+            moved_bytes: self.moved_before
+                + self.lanes.as_ref().map_or(0, |lanes| lanes.moved_bytes()),
             lanes: self.lanes.as_ref().map_or(0, |lanes| lanes.alive()),
         }
     }
@@ -617,6 +713,7 @@ impl<'a> Agent<'a> {
             outcome: machine.outcome().expect("the loop ends with it").clone(),
             report: machine.report().clone(),
             lanes: std::mem::take(&mut self.lane_stats),
+            path_reason: self.path_reason.take(),
             scans: std::mem::take(&mut self.scans),
             state_bytes: self.state_bytes,
             attach_stopped: self.attach_stopped,

@@ -10,14 +10,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, after, never, select, unbounded};
 use pageferry_datapath::clear;
 use pageferry_datapath::control::{
     Abort, AbortReason, Choice, LaneTicket, Message, Offer, Ticket, Welcome,
 };
-use pageferry_datapath::framing::hello::{Refusal, Reply};
+use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
 use pageferry_datapath::ids::{LaneId, RoundIndex, SessionId};
-use pageferry_datapath::lane::LaneEvent;
+use pageferry_datapath::lane::{LaneEvent, LanePath};
 use pageferry_datapath::limits;
 use pageferry_datapath::populate::Populate;
 use pageferry_datapath::region::GuestMemory;
@@ -29,9 +29,10 @@ use super::acceptor::{Acceptor, Arrival, ArrivingLane};
 use super::digest_job::DigestJob;
 use super::failure;
 use super::hold::Hold;
-use super::lanes::{self, LaneChoice};
+use super::lanes::{self, LaneChoice, Transport};
 use super::link::{Link, LinkError};
 use super::monitor::{StateStream, TargetMonitor};
+use super::rdma::{self, RdmaTarget};
 use super::record::{Decision, Record, Records, Role};
 use crate::host;
 
@@ -90,6 +91,12 @@ pub fn serve_one(
     Some(Session::new(options, link).run(acceptor, open_monitor, cancel, tell))
 }
 
+/// A lane that was taken.
+enum Taken {
+    Tcp(TargetLane),
+    Rdma(rdma::TakenLane),
+}
+
 struct Session<'a> {
     options: &'a TargetOptions,
     link: Link,
@@ -102,8 +109,14 @@ struct Session<'a> {
     session: Option<SessionId>,
     tickets: Vec<LaneTicket>,
     same_host: bool,
-    lanes: Vec<Option<TargetLane>>,
+    lanes: Vec<Option<Taken>>,
     placed: usize,
+    /// The newest round that all lanes have placed.
+    told: Option<RoundIndex>,
+    /// Lanes over RDMA are taken, until the source carries on over TCP.
+    rdma: Option<RdmaTarget>,
+    rdma_arrivals: Receiver<rdma::ArrivingLane>,
+    fell_back: bool,
     memory: GuestMemory,
     monitor: Option<Box<dyn TargetMonitor>>,
     populate: Option<Populate>,
@@ -132,6 +145,10 @@ impl<'a> Session<'a> {
             same_host: false,
             lanes: Vec::new(),
             placed: 0,
+            told: None,
+            rdma: None,
+            rdma_arrivals: never(),
+            fell_back: false,
             memory: GuestMemory::default(),
             monitor: None,
             populate: None,
@@ -221,6 +238,14 @@ impl<'a> Session<'a> {
                 }
                 Input::Tick
             }
+            recv(self.rdma_arrivals) -> lane => {
+                match lane {
+                    Ok(lane) => self.admit_rdma(lane),
+                    // Its listener is gone.
+                    Err(_) => self.rdma_arrivals = never(),
+                }
+                Input::Tick
+            }
             recv(cancel) -> _ => Input::Cancelled,
             recv(after(until.min(LOOK_EVERY))) -> _ => self.look(),
         }
@@ -247,13 +272,23 @@ impl<'a> Session<'a> {
         match event {
             LaneEvent::Placed { round, .. } => {
                 self.placed += 1;
-                match self.placed == self.tickets.len() {
-                    true => {
-                        self.placed = 0;
+                if self.placed < self.tickets.len() {
+                    return Input::Tick;
+                }
+                self.placed = 0;
+                // What lanes over RDMA had placed already TCP places once more.
+                match self.fell_back && self.told.replace(round) == Some(round) {
+                    true => Input::Tick,
+                    false => {
+                        self.told = Some(round);
                         Input::Placed(round)
                     }
-                    false => Input::Tick,
                 }
+            }
+            LaneEvent::Failed { error, .. } if self.rdma.is_some() && !self.fell_back => {
+                // The source knows or will, and decides: it ends the attempt, or comes by TCP.
+                tracing::warn!(error = %failure::chain("", &error), "a lane over RDMA is gone");
+                Input::Tick
             }
             LaneEvent::Failed { error, .. } => {
                 Input::Failed(failure::host("taking memory in", &error, None))
@@ -280,34 +315,69 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Starts a lane whose ticket is one of this session's and was not used before.
+    /// Starts a lane whose ticket is one of this session's and was not used before. A lane over TCP
+    /// where those over RDMA were chosen means that the source has done with them.
     fn admit(&mut self, lane: ArrivingLane) {
-        let hello = lane.hello();
-        let index = usize::from(hello.lane.0);
-        if Some(hello.session) != self.session {
-            return lane.refuse(Refusal::Ticket);
-        }
-        let Some((ticket, slot)) = self.tickets.get(index).zip(self.lanes.get_mut(index)) else {
-            return lane.refuse(Refusal::Ticket);
+        let (index, cpu) = match self.judge(lane.hello()) {
+            Ok(judged) => judged,
+            Err(refusal) => return lane.refuse(refusal),
         };
-        if ticket.ticket != hello.ticket {
-            return lane.refuse(Refusal::Ticket);
+        if self.rdma.is_some() && !self.fell_back {
+            self.fall_back();
         }
-        if slot.is_some() {
+        if self.lanes[index].is_some() {
             return lane.refuse(Refusal::Duplicate);
         }
-        let cpu = ticket.cpu.map(usize::from);
         let config = self.options.lanes.target_config(cpu, self.same_host);
         let Some(stream) = lane.reply(Reply::Accepted) else { return };
         let id = LaneId(index as u16);
         let events = self.to_lane_events.clone();
         match TargetLane::start(stream, id, self.memory.clone(), &config, events) {
-            Ok(lane) => *slot = Some(lane),
+            Ok(lane) => self.lanes[index] = Some(Taken::Tcp(lane)),
             Err(error) => {
                 let failed = Input::Failed(failure::host(&format!("lane {id}"), &error, None));
                 let _this_session_holds_a_receiver = self.to_inputs.send(failed);
             }
         }
+    }
+
+    /// The same for a lane over RDMA.
+    fn admit_rdma(&mut self, lane: rdma::ArrivingLane) {
+        let (index, cpu) = match self.judge(lane.hello()) {
+            Ok(judged) => judged,
+            Err(refusal) => return lane.refuse(refusal),
+        };
+        let taking = self.rdma.as_ref().filter(|_| !self.fell_back && self.lanes[index].is_none());
+        let Some(rdma) = taking else { return lane.refuse(Refusal::Duplicate) };
+        match rdma.take(lane, cpu, self.to_lane_events.clone()) {
+            Ok(lane) => self.lanes[index] = Some(Taken::Rdma(lane)),
+            // The source sees its lane fail, and decides.
+            Err(error) => tracing::warn!(error = %failure::chain("", &error), "a lane over RDMA"),
+        }
+    }
+
+    /// The place of a lane whose ticket is one of this session's, and its core.
+    fn judge(&self, hello: &Hello) -> Result<(usize, Option<usize>), Refusal> {
+        let index = usize::from(hello.lane.0);
+        match self.tickets.get(index) {
+            Some(ticket)
+                if Some(hello.session) == self.session && ticket.ticket == hello.ticket =>
+            {
+                Ok((index, ticket.cpu.map(usize::from)))
+            }
+            _ => Err(Refusal::Ticket),
+        }
+    }
+
+    /// Ends every lane over RDMA before the first over TCP is answered: nothing older can arrive
+    /// after what the source sends from then on. What those lanes had told is forgotten; the round
+    /// on its way comes again.
+    fn fall_back(&mut self) {
+        self.fell_back = true;
+        self.fence_lanes();
+        self.rdma_arrivals = never();
+        self.placed = 0;
+        (self.to_lane_events, self.lane_events) = unbounded();
     }
 
     fn carry_out(
@@ -356,8 +426,16 @@ impl<'a> Session<'a> {
         self.memory = monitor.inspect(offer)?;
         self.records = Some(self.begin_record(monitor.pid())?);
         self.monitor = Some(monitor);
+        if self.options.lanes.transport == Transport::Rdma
+            && let Some(why) = &self.options.lanes.no_rdma
+        {
+            return Err(failure::no_rdma(why, "start the target without --transport rdma"));
+        }
         let count = self.options.lanes.agree(&offer.lanes, self.same_host);
-        let path = lanes::path_for(&offer.lanes.paths, &self.options.lanes);
+        let (path, no_rdma) = match self.offer_rdma(offer) {
+            Ok(()) => (LanePath::Rdma, None),
+            Err(why) => (lanes::tcp_path_for(&offer.lanes.paths), Some(why)),
+        };
         let cpus = &self.options.lanes.cpus;
         for lane in 0..count {
             let ticket = Ticket::random().expect("the kernel has random bytes");
@@ -365,7 +443,26 @@ impl<'a> Session<'a> {
             self.tickets.push(LaneTicket { path, ticket, cpu });
             self.lanes.push(None);
         }
-        Ok(Choice { lanes: self.tickets.clone(), refused: lanes::refused(&offer.lanes, path) })
+        Ok(Choice {
+            lanes: self.tickets.clone(),
+            refused: lanes::refused(&offer.lanes, path, no_rdma.as_deref()),
+            rdma_port: self.rdma.as_ref().map(RdmaTarget::port),
+        })
+    }
+
+    /// Listens for lanes over RDMA, or says why not.
+    fn offer_rdma(&mut self, offer: &Offer) -> Result<(), String> {
+        if !offer.lanes.paths.contains(&LanePath::Rdma) {
+            return Err("not offered".into());
+        }
+        if let Some(why) = &self.options.lanes.no_rdma {
+            return Err(why.clone());
+        }
+        let at = self.link.local().ok_or("the source is gone")?.ip();
+        let threads = self.options.lanes.cpus.len();
+        let (rdma, arrivals) = RdmaTarget::listen(self.memory.clone(), at, threads)?;
+        (self.rdma, self.rdma_arrivals) = (Some(rdma), arrivals);
+        Ok(())
     }
 
     fn begin_record(&self, pid: i32) -> Result<Records, Failure> {
@@ -395,7 +492,8 @@ impl<'a> Session<'a> {
             Populate::start(&self.memory, &pages.to_extents(), threads)
                 .map_err(|error| failure::host("populating the target's memory", &error, None))?,
         );
-        Ok(())
+        // Not before: what is cleared after it was pinned would stay the device's.
+        self.rdma.as_ref().map_or(Ok(()), |rdma| rdma.begin(pages.to_extents()))
     }
 
     fn prepare_incoming(&mut self) -> Result<(), Failure> {
@@ -490,7 +588,10 @@ impl<'a> Session<'a> {
 
     fn fence_lanes(&mut self) {
         for lane in self.lanes.iter_mut().filter_map(Option::take) {
-            lane.fence();
+            match lane {
+                Taken::Tcp(lane) => drop(lane.fence()),
+                Taken::Rdma(lane) => drop(lane.fence()),
+            }
         }
     }
 

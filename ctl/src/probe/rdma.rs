@@ -19,7 +19,11 @@ pub(super) fn findings(probe: Option<&RdmaProbe>) -> Vec<Finding> {
         })
         .collect();
     findings.push(match &probe.why_none {
-        None => Finding::ok(Group::Rdma, "rdma.usable", "yes; this version moves memory over TCP"),
+        None => Finding::ok(
+            Group::Rdma,
+            "rdma.usable",
+            "yes; lanes take it where the other host has it too",
+        ),
         Some(why) => {
             let text = "memory can't be written from NIC to NIC; lanes use TCP";
             let finding = Finding::missing(Group::Rdma, "rdma.usable", why.to_string(), text);

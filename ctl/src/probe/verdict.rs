@@ -51,7 +51,7 @@ fn tracker(facts: &Facts) -> Choice {
 
 fn transport(facts: &Facts) -> Choice {
     let no_rdma = match facts.rdma.as_ref().map(|probe| &probe.why_none) {
-        Some(None) => "RDMA lanes are not in this version".to_owned(),
+        Some(None) => "RDMA is taken instead where both hosts reach each other by it".to_owned(),
         Some(Some(why)) => format!("no RDMA: {why}"),
         None => "RDMA was not looked at".into(),
     };

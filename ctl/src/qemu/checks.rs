@@ -31,6 +31,8 @@ pub struct QemuFacts {
     pub places: Vec<Place>,
     /// Block nodes with direct I/O: if there are any, a drain point is needed.
     pub direct_io_nodes: Vec<String>,
+    /// Devices by which the guest gives memory back: QEMU punches holes into its file.
+    pub balloons: Vec<String>,
 }
 
 /// Why a QEMU can't take part.
@@ -98,6 +100,7 @@ fn check(qmp: &Qmp, side: Side) -> Result<QemuFacts, CheckError> {
         return Err(CheckError::Refused { refusals });
     }
     let places = memory::locate(qmp, &process, &answers.memory.ram)?;
+    let balloons = answers.balloons();
     Ok(QemuFacts {
         process,
         version: answers.version,
@@ -105,6 +108,7 @@ fn check(qmp: &Qmp, side: Side) -> Result<QemuFacts, CheckError> {
         memory: answers.memory,
         places,
         direct_io_nodes: answers.direct_io_nodes,
+        balloons,
     })
 }
 
@@ -304,6 +308,15 @@ impl Answers {
         } else if found_bytes < claimed_bytes {
             refusals.push(Refusal::MemoryUnaccounted { claimed_bytes, found_bytes });
         }
+    }
+
+    /// Devices by which the guest gives memory back, free page reporting included, which is one of
+    /// the balloon's.
+    pub fn balloons(&self) -> Vec<String> {
+        let gives_back =
+            |qom_type: &str| qom_type.contains("virtio-balloon") || qom_type.contains("virtio-mem");
+        let devices = self.devices.iter().filter(|(_, qom_type)| gives_back(qom_type));
+        devices.map(|(name, qom_type)| format!("{name} ({qom_type})")).collect()
     }
 
     /// Devices and networks whose backend is another process or the kernel.

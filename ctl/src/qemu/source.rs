@@ -279,6 +279,7 @@ fn facts(qmp: &Qmp, qemu: &QemuFacts, scan: ScanPhases, kvm: bool) -> Result<Gue
         pid: qemu.process.pid(),
         regions,
         drain,
+        gives_memory_back: qemu.balloons.first().map(|device| format!("device {device}")),
         tracker: (kind.to_string(), why.into()),
     })
 }

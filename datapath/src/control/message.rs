@@ -157,6 +157,10 @@ pub struct Choice {
     pub lanes: Vec<LaneTicket>,
     /// For everything of the offer that is not used, the reason.
     pub refused: Vec<Refused>,
+    /// Where lanes over RDMA are taken, beside those over TCP: a port at the address that the
+    /// control connection leads to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma_port: Option<u16>,
 }
 
 /// The right to open one lane.

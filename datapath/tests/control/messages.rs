@@ -92,6 +92,7 @@ fn choice() -> Choice {
             LaneTicket { path: LanePath::TcpUring, ticket: Ticket([0xff; 32]), cpu: None },
         ],
         refused: vec![Refused { what: "rdma".into(), reason: "no device at the target".into() }],
+        rdma_port: None,
     }
 }
 
@@ -190,5 +191,6 @@ fn any_choice() -> impl Strategy<Value = Choice> {
     let lane = (any_path(), any::<[u8; 32]>(), option::of(any::<u16>()))
         .prop_map(|(path, ticket, cpu)| LaneTicket { path, ticket: Ticket(ticket), cpu });
     let refused = (text(), text()).prop_map(|(what, reason)| Refused { what, reason });
-    (vec(lane, 1..9), vec(refused, 0..4)).prop_map(|(lanes, refused)| Choice { lanes, refused })
+    (vec(lane, 1..9), vec(refused, 0..4), option::of(any::<u16>()))
+        .prop_map(|(lanes, refused, rdma_port)| Choice { lanes, refused, rdma_port })
 }

@@ -43,7 +43,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
 
 pub(crate) fn choice(lanes: usize) -> Choice {
     let lane = LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None };
-    Choice { lanes: vec![lane; lanes], refused: Vec::new() }
+    Choice { lanes: vec![lane; lanes], refused: Vec::new(), rdma_port: None }
 }
 
 /// Any message of this kind that decodes, with numbers that may be wrong.

@@ -128,7 +128,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
 
 pub(crate) fn choice() -> Choice {
     let lane = LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None };
-    Choice { lanes: vec![lane], refused: Vec::new() }
+    Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None }
 }
 
 pub(crate) fn digest(number: u64) -> MemoryDigest {

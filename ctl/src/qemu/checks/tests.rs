@@ -217,3 +217,20 @@ fn every_difference_between_source_and_target_is_named() {
         ]
     );
 }
+
+#[test]
+fn devices_that_give_memory_back_are_named() {
+    let mut recording = running(SOURCE_7_2);
+    assert!(ask(&recording).expect("ask").balloons().is_empty());
+    recording.set_where(
+        "qom-list",
+        |args| args["path"] == "/machine/peripheral",
+        json!([
+            { "name": "balloon0", "type": "child<virtio-balloon-pci>" },
+            { "name": "vm0", "type": "child<virtio-mem-pci>" },
+            { "name": "nic0", "type": "child<virtio-net-pci>" },
+        ]),
+    );
+    let named = ask(&recording).expect("ask").balloons();
+    assert_eq!(named, ["balloon0 (virtio-balloon-pci)", "vm0 (virtio-mem-pci)"]);
+}

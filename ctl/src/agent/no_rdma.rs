@@ -1,0 +1,104 @@
+//! What stands for `rdma.rs` in a program that was built without lanes over RDMA.
+
+use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr};
+
+use crossbeam_channel::{Receiver, Sender};
+use pageferry_datapath::control::Ticket;
+use pageferry_datapath::extent::Extent;
+use pageferry_datapath::framing::hello::{Hello, Refusal};
+use pageferry_datapath::ids::{LaneId, SessionId};
+use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats, SourceLanes};
+use pageferry_datapath::region::GuestMemory;
+use pageferry_datapath::source::Failure;
+
+const WHY_NOT: &str = "this program was built without it";
+
+/// One lane to open.
+#[derive(Clone, Debug)]
+pub struct LanePlan {
+    /// Its number in the session.
+    pub lane: LaneId,
+    /// What the target gave out for it.
+    pub ticket: Ticket,
+    /// The core to pin its worker to.
+    pub cpu: Option<usize>,
+}
+
+/// Never arrives.
+#[derive(Debug)]
+pub struct ArrivingLane(Infallible);
+
+impl ArrivingLane {
+    /// What it said.
+    pub fn hello(&self) -> &Hello {
+        match self.0 {}
+    }
+
+    /// Refuses it.
+    pub fn refuse(self, _refusal: Refusal) {
+        match self.0 {}
+    }
+}
+
+/// Never taken.
+#[derive(Debug)]
+pub struct TakenLane(Infallible);
+
+impl TakenLane {
+    /// Closes it.
+    pub fn fence(self) -> LaneStats {
+        match self.0 {}
+    }
+}
+
+/// Why this host has no lanes over RDMA.
+pub fn why_not() -> Option<String> {
+    Some(WHY_NOT.into())
+}
+
+/// Opens none.
+pub fn connect(
+    _address: SocketAddr,
+    _session: SessionId,
+    _lanes: Vec<LanePlan>,
+    _memory: &GuestMemory,
+    _events: Sender<LaneEvent>,
+) -> Result<Box<dyn SourceLanes>, String> {
+    Err(WHY_NOT.into())
+}
+
+/// Never listens.
+#[derive(Debug)]
+pub struct RdmaTarget(Infallible);
+
+impl RdmaTarget {
+    /// Says why not.
+    pub fn listen(
+        _memory: GuestMemory,
+        _at: IpAddr,
+        _threads: usize,
+    ) -> Result<(Self, Receiver<ArrivingLane>), String> {
+        Err(WHY_NOT.into())
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        match self.0 {}
+    }
+
+    /// Registers memory.
+    pub fn begin(&self, _extents: Vec<Extent>) -> Result<(), Failure> {
+        match self.0 {}
+    }
+
+    /// Takes a lane.
+    pub fn take(
+        &self,
+        lane: ArrivingLane,
+        _cpu: Option<usize>,
+        _events: Sender<LaneEvent>,
+    ) -> Result<TakenLane, LaneError> {
+        match lane.0 {}
+    }
+}

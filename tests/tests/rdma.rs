@@ -1,0 +1,158 @@
+//! A live guest moved over RDMA, on the devices that `tests/rdma-vm/run` makes: everything runs in
+//! its machine, the guest's QEMUs too.
+#![forbid(unsafe_code)]
+
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry_ctl::lab::{GuestAssets, LabError, Qemu, QemuSpec, Workplace, skip};
+use pageferry_tests::agents::{Agent, Ended};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// An emulated machine in an emulated machine boots slowly.
+const BOOT_MAX: Duration = Duration::from_secs(300);
+const MIGRATION_MAX: Duration = Duration::from_secs(240);
+const SOON: Duration = Duration::from_secs(120);
+const PORT: u16 = 4777;
+
+/// A guest and its two agents on this machine.
+struct Scene {
+    guest: Qemu,
+    spec: QemuSpec,
+    workplace: Arc<Workplace>,
+    /// Where the target listens: an address of an RDMA device.
+    to: String,
+}
+
+impl Scene {
+    /// A small guest; `None`, said, where there is no RDMA device.
+    fn boot(test: &str, extra: &[&str]) -> Result<Option<Self>, LabError> {
+        let variable = |name| std::env::var(name).unwrap_or_default();
+        if variable("PF_RDMA_DEV").is_empty() || variable("PF_PEER_ADDR").is_empty() {
+            skip(test, "needs an RDMA device (make test-rdma)");
+            return Ok(None);
+        }
+        let workplace = Workplace::new()?;
+        let mut spec = QemuSpec::new(GuestAssets::prepare()?)?;
+        if std::path::Path::new("/dev/kvm").exists() && !variable("PF_DRIVER").is_empty() {
+            (spec.accel, spec.cpu) = ("kvm".into(), "host".into());
+        }
+        (spec.smp, spec.memory_mib) = (1, 192);
+        (spec.params.fill_mib, spec.params.hot_mib) = (16, 4);
+        spec.params.pages_per_second = 200;
+        spec.extra = extra.iter().map(|word| (*word).to_owned()).collect();
+        let mut guest = Qemu::launch(&workplace, "source", &spec)?;
+        guest.wait_ready(BOOT_MAX)?;
+        let to = format!("{}:{PORT}", variable("PF_PEER_ADDR"));
+        Ok(Some(Self { guest, spec, workplace, to }))
+    }
+
+    /// Starts both agents; what happens `meanwhile` is told the source's.
+    fn migrate(
+        &mut self,
+        attempt: &str,
+        more: &[&str],
+        meanwhile: impl FnOnce(&Agent) -> Result<(), LabError>,
+    ) -> Result<(Ended, Ended), LabError> {
+        let waiting = Qemu::launch(&self.workplace, attempt, &self.spec.to_target())?;
+        let state = |role: &str| {
+            self.workplace.file(&format!("{attempt}.{role}.state")).display().to_string()
+        };
+        let (here, there) = (state("source"), state("target"));
+        let qmp = waiting.qmp().display().to_string();
+        let name = |role: &str| format!("{attempt}.{role}.agent");
+        let args = ["target", "--listen", &self.to, "--qmp", &qmp, "--once", "--json"];
+        let args = [&args[..], &["--state-dir", &there]].concat();
+        let target = Agent::start(&self.workplace, None, &name("target"), &args)?;
+        target.wait_text("listening", SOON)?;
+        let qmp = self.guest.qmp().display().to_string();
+        let args = ["migrate", "--qmp", &qmp, "--to", &self.to, "--json", "--verify"];
+        let args = [&args[..], &["--state-dir", &here, "--downtime-ms", "2000"], more].concat();
+        let source = Agent::start(&self.workplace, None, &name("source"), &args)?;
+        meanwhile(&source)?;
+        let source = source.wait(MIGRATION_MAX)?;
+        if source.code != 0 {
+            target.signal(nix::sys::signal::Signal::SIGINT);
+        }
+        let target = target.wait(SOON)?;
+        if source.code == 0 {
+            self.guest = waiting;
+        }
+        Ok((source, target))
+    }
+
+    fn assert_goes_on(&self) -> Outcome {
+        let before = self.guest.console().wait_tick(SOON);
+        let before = before.map_err(|error| format!("{error}: {}", self.guest.stderr()))?;
+        let goes_on = self.guest.console().wait_tick_where("more ticks", SOON, |tick| {
+            tick.n >= before.n + 2 && tick.writes > before.writes
+        })?;
+        assert_eq!(goes_on.bad, 0, "the guest found bad memory: {goes_on:?}");
+        Ok(())
+    }
+}
+
+fn assert_migrated(source: &Ended, target: &Ended, transport: &str) {
+    let summary = source.summary();
+    println!(
+        "{}: {} ({}), {} rounds, {} MiB, blackout {} ms",
+        summary["outcome"],
+        summary["transport"],
+        summary["transport_reason"],
+        summary["rounds"],
+        summary["moved_bytes"].as_u64().unwrap_or(0) >> 20,
+        summary["blackout_ms"],
+    );
+    assert_eq!(source.code, 0, "{}\n{summary:#}", source.stderr);
+    assert_eq!(target.code, 0, "{}", target.stderr);
+    assert_eq!(summary["verified"], true);
+    assert_eq!(summary["transport"], transport, "{summary:#}\n{}", source.stderr);
+}
+
+#[test]
+fn rdma_a_guest_moves_by_the_way_that_the_agents_choose() -> Outcome {
+    let name = "rdma_a_guest_moves_by_the_way_that_the_agents_choose";
+    let Some(mut scene) = Scene::boot(name, &[])? else { return Ok(()) };
+    let (source, target) = scene.migrate("by-rdma", &[], |_| Ok(()))?;
+    assert_migrated(&source, &target, "rdma");
+    scene.assert_goes_on()?;
+    let (source, target) = scene.migrate("by-tcp", &["--transport", "tcp"], |_| Ok(()))?;
+    assert_migrated(&source, &target, "tcp-uring");
+    scene.assert_goes_on()
+}
+
+/// RDMA's own way is shut in the middle of a round, the control connection's is not.
+#[test]
+fn rdma_that_goes_in_the_middle_of_a_round_is_followed_by_tcp() -> Outcome {
+    let name = "rdma_that_goes_in_the_middle_of_a_round_is_followed_by_tcp";
+    let Some(mut scene) = Scene::boot(name, &[])? else { return Ok(()) };
+    let device = std::env::var("PF_RDMA_DEV")?;
+    let (source, target) = scene.migrate("cut", &["--rounds-max", "40"], |source| {
+        source.wait_text("\"start\"", SOON)?;
+        // Removing the device ends its connections; the network under it stays.
+        let removed = Command::new("rdma").args(["link", "delete", &device]).status();
+        println!("rdma link delete {device}: {removed:?}");
+        Ok(())
+    })?;
+    assert_migrated(&source, &target, "tcp-uring");
+    let reason = source.summary()["transport_reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("RDMA"), "{reason}");
+    scene.assert_goes_on()
+}
+
+#[test]
+fn rdma_is_not_taken_for_a_guest_with_a_balloon() -> Outcome {
+    let name = "rdma_is_not_taken_for_a_guest_with_a_balloon";
+    let Some(mut scene) = Scene::boot(name, &["-device", "virtio-balloon-pci"])? else {
+        return Ok(());
+    };
+    let (source, _target) = scene.migrate("only-rdma", &["--transport", "rdma"], |_| Ok(()))?;
+    assert_eq!(source.code, 3, "{}", source.stderr);
+    let (source, target) = scene.migrate("balloon", &[], |_| Ok(()))?;
+    assert_migrated(&source, &target, "tcp-uring");
+    let reason = source.summary()["transport_reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("balloon"), "{reason}");
+    scene.assert_goes_on()
+}
