@@ -38,9 +38,9 @@ impl RdmaMemory {
     /// [`Self::begin`]: where the guest has holes it is still to be cleared.
     pub fn target(memory: GuestMemory, pin: Pin, threads: usize) -> Result<Self, RdmaError> {
         let this = Self::new(memory, pin, Access::RemoteWrite, threads);
-        if pin == Pin::All {
-            memlock::allow(this.memory.regions().iter().map(|region| region.len()).sum())?;
-        }
+        // How much of it will hold something is not known yet; and said now, TCP can still be taken
+        // instead.
+        memlock::allow(this.memory.regions().iter().map(|region| region.len()).sum())?;
         Ok(this)
     }
 

@@ -323,6 +323,9 @@ impl<'a> Session<'a> {
             Err(refusal) => return lane.refuse(refusal),
         };
         if self.rdma.is_some() && !self.fell_back {
+            if self.options.lanes.transport == Transport::Rdma {
+                return lane.refuse(Refusal::Duplicate);
+            }
             self.fall_back();
         }
         if self.lanes[index].is_some() {
@@ -426,14 +429,13 @@ impl<'a> Session<'a> {
         self.memory = monitor.inspect(offer)?;
         self.records = Some(self.begin_record(monitor.pid())?);
         self.monitor = Some(monitor);
-        if self.options.lanes.transport == Transport::Rdma
-            && let Some(why) = &self.options.lanes.no_rdma
-        {
-            return Err(failure::no_rdma(why, "start the target without --transport rdma"));
-        }
         let count = self.options.lanes.agree(&offer.lanes, self.same_host);
         let (path, no_rdma) = match self.offer_rdma(offer) {
             Ok(()) => (LanePath::Rdma, None),
+            Err(why) if self.options.lanes.transport == Transport::Rdma => {
+                let hint = "start the target without --transport rdma";
+                return Err(failure::no_rdma(&why, hint));
+            }
             Err(why) => (lanes::tcp_path_for(&offer.lanes.paths), Some(why)),
         };
         let cpus = &self.options.lanes.cpus;
@@ -453,7 +455,7 @@ impl<'a> Session<'a> {
     /// Listens for lanes over RDMA, or says why not.
     fn offer_rdma(&mut self, offer: &Offer) -> Result<(), String> {
         if !offer.lanes.paths.contains(&LanePath::Rdma) {
-            return Err("not offered".into());
+            return Err("the source does not offer it".into());
         }
         if let Some(why) = &self.options.lanes.no_rdma {
             return Err(why.clone());
