@@ -95,7 +95,8 @@ fn tracking(memory: &GuestMemory, writer: &Writer, phases: ScanPhases) -> Outcom
         let looked = began.elapsed();
         let began = Instant::now();
         let pagemap = process.pagemap()?;
-        let tracker = UffdTracker::start(uffd, pagemap, ranges, &populated, phases)?;
+        let tracker =
+            UffdTracker::start(uffd, pagemap, memory.regions(), ranges, &populated, phases)?;
         Ok((tracker, looked, began.elapsed()))
     };
     for _ in 0..3 {

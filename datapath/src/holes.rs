@@ -13,6 +13,7 @@ pub use within::data_within;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
@@ -65,7 +66,7 @@ pub fn data_extents(region: &Region) -> Result<Vec<Extent>, HolesError> {
     }
     match fs.filesystem_type() {
         HUGETLBFS_MAGIC => hugetlb_data(region, &mut data)?,
-        _ => seek_data(region, &mut data)?,
+        _ => seek_data(region, 0..region.len(), &mut data)?,
     }
     Ok(data.extents)
 }
@@ -110,22 +111,29 @@ impl Merged<'_> {
     }
 }
 
-fn seek_data(region: &Region, data: &mut Merged<'_>) -> Result<(), HolesError> {
+/// The extents of `region` within `range` that hold data. Not for hugetlbfs, where seeking tells
+/// nothing.
+pub(crate) fn data_between(region: &Region, range: Range<u64>) -> Result<Vec<Extent>, HolesError> {
+    let mut data = Merged { region, extents: Vec::new() };
+    seek_data(region, range, &mut data)?;
+    Ok(data.extents)
+}
+
+fn seek_data(region: &Region, range: Range<u64>, data: &mut Merged<'_>) -> Result<(), HolesError> {
     // The descriptor may be shared with the monitor, and so may its position; nobody reads there.
     let seek = |at: u64, whence| match lseek(region.file(), at as i64, whence) {
         Ok(found) => Ok(Some(found as u64)),
         Err(Errno::ENXIO) => Ok(None),
         Err(errno) => Err(host("lseek", errno.into())),
     };
-    let mut at = 0;
-    while at < region.len() {
-        let Some(start) = seek(at, Whence::SeekData)? else { break };
+    let mut at = range.start;
+    while at < range.end {
+        let Some(start) = seek(at, Whence::SeekData)?.filter(|start| *start < range.end) else {
+            break;
+        };
         // Another thread's punch can make this fail between the two; nothing is there then.
         let Some(end) = seek(start, Whence::SeekHole)? else { break };
-        if start >= region.len() {
-            break;
-        }
-        data.add(start, end.min(region.len()));
+        data.add(start, end.min(range.end));
         at = end.max(start + 1);
     }
     Ok(())

@@ -19,6 +19,11 @@ pub const BATCH_BYTES_MAX: u64 = 1 << 20;
 /// Bytes of memory behind one page table of 4 KiB pages: the step in which page tables exist.
 pub const PAGE_TABLE_BYTES: u64 = 2 << 20;
 
+/// Holes smaller than this are tracked with what is around them: a look at a hole costs a
+/// microsecond, as much as walking the page tables of 1 MiB to 2 MiB takes; and there may be as many
+/// of them as fit into the guest.
+pub const HOLE_BYTES_MIN: u64 = 16 << 20;
+
 /// Runs that one scan call may report: 192 KiB of buffer; 1 % of 1 GiB fits in one call.
 pub const SCAN_RUNS_MAX: usize = 8192;
 

@@ -39,6 +39,9 @@ mod testing;
 use testing::{HugePages, skip};
 
 const MEMORY_BYTES: u64 = 32 << 20;
+/// Mostly holes too large to be watched; a guest of this size writes here and there, now and then.
+const SPARSE_BYTES: u64 = 2 << 30;
+const SPARSE_PAUSE: Duration = Duration::from_micros(300);
 const HUGE_BYTES: u64 = 2 << 20;
 const CHECKS: u32 = 8;
 const WRITERS: u64 = 2;
@@ -64,6 +67,7 @@ fn main() {
     }
     let trials = trials![
         no_write_to_small_pages_is_missed,
+        no_write_into_large_holes_is_missed,
         no_write_to_huge_pages_is_missed,
         no_write_to_transparent_huge_pages_is_missed,
         no_write_of_an_unprivileged_guest_is_missed,
@@ -82,8 +86,9 @@ fn guest() {
     let region = Region::open(RegionIndex(0), Backing::from_fd(file).unwrap()).unwrap();
     let len = region.len();
     let memory = region.lease(0, len).unwrap();
-    // The second half stays a hole until a writer comes by.
-    for offset in (0..len / 2).step_by(4096) {
+    // The rest stays a hole until a writer comes by.
+    let populated = (len / 2).min(MEMORY_BYTES / 2);
+    for offset in (0..populated).step_by(4096) {
         memory.copy_in(offset, &offset.to_le_bytes()).unwrap();
     }
     println!("ready");
@@ -94,11 +99,15 @@ fn guest() {
                 let mut random = Random(writer + 1);
                 let noise = File::open("/dev/urandom").unwrap();
                 loop {
-                    for _ in 0..64 {
+                    let writes = if len == SPARSE_BYTES { 1 } else { 64 };
+                    for _ in 0..writes {
                         let at = random.below(len / 8) * 8;
                         memory.copy_in(at, &random.next().to_le_bytes()).unwrap();
                     }
                     memory.read_in(random.below(len - 64), 64, noise.as_fd()).unwrap();
+                    if len == SPARSE_BYTES {
+                        std::thread::sleep(SPARSE_PAUSE);
+                    }
                 }
             });
         }
@@ -157,7 +166,15 @@ impl Guest {
         let ranges = tracked_ranges(&self.process, &self.memory).unwrap();
         let populated = guest_data_extents(&self.memory).unwrap();
         let pagemap = self.process.pagemap().unwrap();
-        let tracker = UffdTracker::start(taken.fd, pagemap, ranges, &populated, phases).unwrap();
+        let tracker = UffdTracker::start(
+            taken.fd,
+            pagemap,
+            self.memory.regions(),
+            ranges,
+            &populated,
+            phases,
+        )
+        .unwrap();
         (Box::new(tracker), taken.privilege)
     }
 
@@ -302,6 +319,11 @@ fn no_write_to_small_pages_is_missed() {
     misses_nothing(backing, None, UffdPrivilege::Full);
 }
 
+fn no_write_into_large_holes_is_missed() {
+    let backing = || Backing::memfd("under-fire", SPARSE_BYTES, None).unwrap();
+    misses_nothing(backing, None, UffdPrivilege::Full);
+}
+
 fn no_write_to_huge_pages_is_missed() {
     let Some(_pages) = HugePages::reserve(HUGE_BYTES, MEMORY_BYTES / HUGE_BYTES) else { return };
     let backing = || Backing::memfd("under-fire", MEMORY_BYTES, Some(HUGE_BYTES)).unwrap();
@@ -361,7 +383,9 @@ fn agent(guest: libc::pid_t) {
     let populated = guest_data_extents(&memory).unwrap();
     let pagemap = process.pagemap().unwrap();
     let phases = ScanPhases::One;
-    let _tracker = UffdTracker::start(taken.fd, pagemap, ranges, &populated, phases).unwrap();
+    let _tracker =
+        UffdTracker::start(taken.fd, pagemap, memory.regions(), ranges, &populated, phases)
+            .unwrap();
     println!("tracking");
     std::thread::sleep(Duration::from_secs(60));
 }

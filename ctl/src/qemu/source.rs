@@ -99,8 +99,9 @@ impl SourceMonitor for QemuSource {
         let pagemap = self.process.pagemap().map_err(|error| attach_failure(&error))?;
         let taken =
             attach::take_userfaultfd(&self.process).map_err(|error| attach_failure(&error))?;
-        let tracker = UffdTracker::start(taken.fd, pagemap, ranges, &populated, self.scan)
-            .map_err(|error| failure::host("dirty tracking", &error, None))?;
+        let tracker =
+            UffdTracker::start(taken.fd, pagemap, memory.regions(), ranges, &populated, self.scan)
+                .map_err(|error| failure::host("dirty tracking", &error, None))?;
         let tracker: Box<dyn DirtyTracker> = Box::new(tracker);
         Ok(Attached { tracker, stopped: taken.stopped })
     }

@@ -18,6 +18,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::bitmap::DirtySet;
+use crate::holes::HolesError;
 use crate::ids::RegionIndex;
 
 pub use fed::{FedHandle, FedTracker};
@@ -115,6 +116,13 @@ pub enum TrackerError {
         /// What it said.
         #[source]
         source: io::Error,
+    },
+    /// Where data is could not be looked up.
+    #[error("looking for new data failed")]
+    Holes {
+        /// Why.
+        #[source]
+        source: HolesError,
     },
     /// A system call failed.
     #[error("{call} for dirty tracking failed")]

@@ -238,8 +238,15 @@ impl Trial {
         let range =
             TrackedRange { region: region.index(), offset, host, len, page_bytes, may_be_huge };
         let populated = [Extent { region: region.index(), offset, len: page_bytes }];
-        let tracker = UffdTracker::start(uffd.into_fd(), pagemap, vec![range], &populated, phases)
-            .map_err(|source| ProbeError::Tracker { page_bytes, source })?;
+        let tracker = UffdTracker::start(
+            uffd.into_fd(),
+            pagemap,
+            &[Arc::clone(region)],
+            vec![range],
+            &populated,
+            phases,
+        )
+        .map_err(|source| ProbeError::Tracker { page_bytes, source })?;
         Ok(Self { region: Arc::clone(region), offset, tracker })
     }
 
