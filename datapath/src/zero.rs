@@ -3,7 +3,7 @@
 //! Called by each lane's worker on its own batches. The guest may write meanwhile: a page that
 //! stops being zero after it was looked at is dirty, and moves again.
 //!
-//! To look at a page that is not zero costs a cache miss, which was a tenth of a lane's work where
+//! To look at a page that is not zero costs a cache miss, an eighth of a source lane's work where
 //! every page was looked at. So only one of [`STRIDE`] is, until one is found to be zero: longer runs
 //! are found whole, shorter ones now and then, and after one was found the next batch is looked at
 //! page by page.

@@ -18,7 +18,8 @@
 //! * pages pinned by direct I/O in flight;
 //! * writes through other mappings of the same file;
 //! * pages that the monitor gives back (a balloon's hole punches): on hugetlbfs never, on tmpfs not
-//!   if nothing was written to them since the last scan. The kernel keeps the protection of such a
+//!   if nothing was written to them since the last scan, or if they came and went in a large hole
+//!   between two scans. The kernel keeps the protection of such a
 //!   page, and whoever *reads* it gets a new one of zeros, protected, that nobody wrote. Holes have
 //!   to be looked for beside each scan; between a hole and a read no look may fall. What a guest
 //!   gave back it does not expect to find again, but a digest sees the difference.
