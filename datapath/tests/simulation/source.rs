@@ -1,5 +1,5 @@
 //! The source's agent: carries out the commands of the real state machine on the imagined guest,
-//! in order, each taking its time, as `ctl/src/agent/source.rs` does on a real one.
+//! in order, each taking its time, as `ctl/src/agent/source/agent.rs` does on a real one.
 
 use std::time::Duration;
 

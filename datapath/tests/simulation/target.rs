@@ -1,5 +1,5 @@
 //! The target's agent: carries out the commands of the real state machine on the imagined waiting
-//! monitor, in order, as `ctl/src/agent/target.rs` does on a real one.
+//! monitor, in order, as `ctl/src/agent/target/session.rs` does on a real one.
 
 use std::time::Duration;
 

@@ -1,39 +1,30 @@
-//! The target agent: waits for migrations and takes them in, one at a time.
-//!
-//! One listening port for everything: a connection's first bytes say whether it is a control
-//! connection or a lane (`pageferry_uring::greet`). [`Session`] carries out the commands of
-//! `pageferry_datapath::target`.
+//! One migration at the target: the loop, and what each command of the state machine does.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, after, never, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
+use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::clear;
-use pageferry_datapath::control::{
-    Abort, AbortReason, Choice, LaneTicket, Message, Offer, Ticket, Welcome,
-};
-use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
-use pageferry_datapath::ids::{LaneId, RoundIndex, SessionId};
-use pageferry_datapath::lane::{LaneEvent, LanePath};
+use pageferry_datapath::control::{Abort, AbortReason, Choice, Message, Offer, Welcome};
+use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::limits;
 use pageferry_datapath::populate::Populate;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::{Command, Input, Outcome, Phase, Target, TargetConfig};
-use pageferry_uring::target::TargetLane;
 
-use super::acceptor::{Acceptor, Arrival, ArrivingLane};
-use super::digest_job::DigestJob;
-use super::failure;
-use super::hold::Hold;
-use super::lanes::{self, LaneChoice, Transport};
-use super::link::{Link, LinkError};
-use super::monitor::{StateStream, TargetMonitor};
-use super::rdma::{self, RdmaTarget};
-use super::record::{Decision, Record, Records, Role};
+use super::super::acceptor::{Acceptor, Arrival};
+use super::super::digest_job::DigestJob;
+use super::super::failure;
+use super::super::hold::Hold;
+use super::super::link::Link;
+use super::super::monitor::{StateStream, TargetMonitor};
+use super::super::record::{Decision, Record, Records, Role};
+use super::intake::Intake;
+use super::{OpenMonitor, TargetOptions, TargetResult, lost};
 use crate::host;
 
 /// How long the source may take to close the control connection after it was told the end.
@@ -42,81 +33,16 @@ const GOODBYE_WAIT: Duration = Duration::from_secs(5);
 /// How often it is looked whether the monitor is still there.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// What a target agent is told.
-#[derive(Clone, Debug)]
-pub struct TargetOptions {
-    /// Lanes and how they run; `count` is the most that are taken.
-    pub lanes: LaneChoice,
-    /// QMP socket here, for the record.
-    pub qmp: Option<PathBuf>,
-    /// Where records are kept.
-    pub state_dir: PathBuf,
-}
-
-/// How one session ended here.
-#[derive(Debug)]
-pub struct TargetResult {
-    /// The session, if the source got as far as saying it.
-    pub session: Option<SessionId>,
-    /// How it ended.
-    pub outcome: Outcome,
-    /// From the control connection until the end.
-    pub total: Duration,
-}
-
-/// Opens the monitor for an offer: the one the agent was started with, or the one the offer names.
-pub type OpenMonitor<'a> = dyn Fn(&Offer) -> Result<Box<dyn TargetMonitor>, Failure> + 'a;
-
-/// Waits for one migration and takes it in; `None` when cancelled before one came.
-pub fn serve_one(
-    options: &TargetOptions,
-    acceptor: &Acceptor,
-    open_monitor: &OpenMonitor<'_>,
-    cancel: &Receiver<()>,
-    tell: &mut dyn FnMut(&str),
-) -> Option<TargetResult> {
-    let link = loop {
-        select! {
-            recv(acceptor.arrivals()) -> arrival => match arrival.ok()? {
-                Arrival::Control(stream) => match Link::over(stream) {
-                    Ok(link) => break link,
-                    Err(error) => tell(&failure::chain("a control connection", &error)),
-                },
-                Arrival::Lane(lane) => lane.refuse(Refusal::Ticket),
-                Arrival::Stranger { from, reason } => tell(&format!("{from}: {reason}")),
-            },
-            recv(cancel) -> _ => return None,
-        }
-    };
-    Some(Session::new(options, link).run(acceptor, open_monitor, cancel, tell))
-}
-
-/// A lane that was taken.
-enum Taken {
-    Tcp(TargetLane),
-    Rdma(rdma::TakenLane),
-}
-
-struct Session<'a> {
+/// One migration at the target.
+pub(super) struct Session<'a> {
     options: &'a TargetOptions,
     link: Link,
     started: Instant,
     hold: Hold<Input>,
     inputs: Receiver<Input>,
     to_inputs: Sender<Input>,
-    lane_events: Receiver<LaneEvent>,
-    to_lane_events: Sender<LaneEvent>,
     session: Option<SessionId>,
-    tickets: Vec<LaneTicket>,
-    same_host: bool,
-    lanes: Vec<Option<Taken>>,
-    placed: usize,
-    /// The newest round that all lanes have placed.
-    told: Option<RoundIndex>,
-    /// Lanes over RDMA are taken, until the source carries on over TCP.
-    rdma: Option<RdmaTarget>,
-    rdma_arrivals: Receiver<rdma::ArrivingLane>,
-    fell_back: bool,
+    intake: Intake,
     memory: GuestMemory,
     monitor: Option<Box<dyn TargetMonitor>>,
     populate: Option<Populate>,
@@ -128,9 +54,8 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(options: &'a TargetOptions, link: Link) -> Self {
+    pub(super) fn new(options: &'a TargetOptions, link: Link) -> Self {
         let (to_inputs, inputs) = unbounded();
-        let (to_lane_events, lane_events) = unbounded();
         Self {
             options,
             link,
@@ -138,17 +63,8 @@ impl<'a> Session<'a> {
             hold: Hold::from_environment(),
             inputs,
             to_inputs,
-            lane_events,
-            to_lane_events,
             session: None,
-            tickets: Vec::new(),
-            same_host: false,
-            lanes: Vec::new(),
-            placed: 0,
-            told: None,
-            rdma: None,
-            rdma_arrivals: never(),
-            fell_back: false,
+            intake: Intake::new(options.lanes.clone()),
             memory: GuestMemory::default(),
             monitor: None,
             populate: None,
@@ -159,7 +75,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn run(
+    pub(super) fn run(
         mut self,
         acceptor: &Acceptor,
         open_monitor: &OpenMonitor<'_>,
@@ -229,20 +145,17 @@ impl<'a> Session<'a> {
         let until = deadline.map_or(LOOK_EVERY, |at| at.saturating_sub(self.now()));
         select! {
             recv(self.inputs) -> input => input.expect("this session holds a sender"),
-            recv(self.lane_events) -> event => {
-                self.lane_event(event.expect("this session holds a sender"))
+            recv(self.intake.events()) -> event => {
+                self.intake.heard(event.expect("the intake holds a sender"))
             }
             recv(acceptor.arrivals()) -> arrival => {
-                if let Ok(arrival) = arrival {
-                    self.arrived(arrival, tell);
-                }
-                Input::Tick
+                let arrived = arrival.map_or(Ok(()), |arrival| self.arrived(arrival, tell));
+                arrived.map_or_else(Input::Failed, |()| Input::Tick)
             }
-            recv(self.rdma_arrivals) -> lane => {
+            recv(self.intake.rdma_arrivals()) -> lane => {
                 match lane {
-                    Ok(lane) => self.admit_rdma(lane),
-                    // Its listener is gone.
-                    Err(_) => self.rdma_arrivals = never(),
+                    Ok(lane) => self.intake.admit_rdma(self.session, lane),
+                    Err(_) => self.intake.no_more_rdma_arrivals(),
                 }
                 Input::Tick
             }
@@ -264,43 +177,13 @@ impl<'a> Session<'a> {
     fn note(&mut self, input: &Input) {
         if let Input::Message(Message::Hello(hello)) = input {
             self.session = Some(hello.session);
-            self.same_host = !hello.boot_id.is_empty() && hello.boot_id == host::boot_id();
+            self.intake.same_host = !hello.boot_id.is_empty() && hello.boot_id == host::boot_id();
         }
     }
 
-    fn lane_event(&mut self, event: LaneEvent) -> Input {
-        match event {
-            LaneEvent::Placed { round, .. } => {
-                self.placed += 1;
-                if self.placed < self.tickets.len() {
-                    return Input::Tick;
-                }
-                self.placed = 0;
-                // What lanes over RDMA had placed already TCP places once more.
-                match self.fell_back && self.told.replace(round) == Some(round) {
-                    true => Input::Tick,
-                    false => {
-                        self.told = Some(round);
-                        Input::Placed(round)
-                    }
-                }
-            }
-            LaneEvent::Failed { error, .. } if self.rdma.is_some() && !self.fell_back => {
-                // The source knows or will, and decides: it ends the attempt, or comes by TCP.
-                tracing::warn!(error = %failure::chain("", &error), "a lane over RDMA is gone");
-                Input::Tick
-            }
-            LaneEvent::Failed { error, .. } => {
-                Input::Failed(failure::host("taking memory in", &error, None))
-            }
-            // In order: the source closes its lanes when the guest runs here.
-            LaneEvent::Closed { .. } => Input::Tick,
-        }
-    }
-
-    fn arrived(&mut self, arrival: Arrival, tell: &mut dyn FnMut(&str)) {
+    fn arrived(&mut self, arrival: Arrival, tell: &mut dyn FnMut(&str)) -> Result<(), Failure> {
         match arrival {
-            Arrival::Lane(lane) => self.admit(lane),
+            Arrival::Lane(lane) => self.intake.admit(self.session, lane)?,
             Arrival::Control(stream) => {
                 let busy = Message::Abort(Abort {
                     reason: AbortReason::Refused,
@@ -313,74 +196,7 @@ impl<'a> Session<'a> {
             }
             Arrival::Stranger { from, reason } => tell(&format!("{from}: {reason}")),
         }
-    }
-
-    /// Starts a lane whose ticket is one of this session's and was not used before. A lane over TCP
-    /// where those over RDMA were chosen means that the source has done with them.
-    fn admit(&mut self, lane: ArrivingLane) {
-        let (index, cpu) = match self.judge(lane.hello()) {
-            Ok(judged) => judged,
-            Err(refusal) => return lane.refuse(refusal),
-        };
-        if self.rdma.is_some() && !self.fell_back {
-            if self.options.lanes.transport == Transport::Rdma {
-                return lane.refuse(Refusal::Duplicate);
-            }
-            self.fall_back();
-        }
-        if self.lanes[index].is_some() {
-            return lane.refuse(Refusal::Duplicate);
-        }
-        let config = self.options.lanes.target_config(cpu, self.same_host);
-        let Some(stream) = lane.reply(Reply::Accepted) else { return };
-        let id = LaneId(index as u16);
-        let events = self.to_lane_events.clone();
-        match TargetLane::start(stream, id, self.memory.clone(), &config, events) {
-            Ok(lane) => self.lanes[index] = Some(Taken::Tcp(lane)),
-            Err(error) => {
-                let failed = Input::Failed(failure::host(&format!("lane {id}"), &error, None));
-                let _this_session_holds_a_receiver = self.to_inputs.send(failed);
-            }
-        }
-    }
-
-    /// The same for a lane over RDMA.
-    fn admit_rdma(&mut self, lane: rdma::ArrivingLane) {
-        let (index, cpu) = match self.judge(lane.hello()) {
-            Ok(judged) => judged,
-            Err(refusal) => return lane.refuse(refusal),
-        };
-        let taking = self.rdma.as_ref().filter(|_| !self.fell_back && self.lanes[index].is_none());
-        let Some(rdma) = taking else { return lane.refuse(Refusal::Duplicate) };
-        match rdma.take(lane, cpu, self.to_lane_events.clone()) {
-            Ok(lane) => self.lanes[index] = Some(Taken::Rdma(lane)),
-            // The source sees its lane fail, and decides.
-            Err(error) => tracing::warn!(error = %failure::chain("", &error), "a lane over RDMA"),
-        }
-    }
-
-    /// The place of a lane whose ticket is one of this session's, and its core.
-    fn judge(&self, hello: &Hello) -> Result<(usize, Option<usize>), Refusal> {
-        let index = usize::from(hello.lane.0);
-        match self.tickets.get(index) {
-            Some(ticket)
-                if Some(hello.session) == self.session && ticket.ticket == hello.ticket =>
-            {
-                Ok((index, ticket.cpu.map(usize::from)))
-            }
-            _ => Err(Refusal::Ticket),
-        }
-    }
-
-    /// Ends every lane over RDMA before the first over TCP is answered: nothing older can arrive
-    /// after what the source sends from then on. What those lanes had told is forgotten; the round
-    /// on its way comes again.
-    fn fall_back(&mut self) {
-        self.fell_back = true;
-        self.fence_lanes();
-        self.rdma_arrivals = never();
-        self.placed = 0;
-        (self.to_lane_events, self.lane_events) = unbounded();
+        Ok(())
     }
 
     fn carry_out(
@@ -429,42 +245,8 @@ impl<'a> Session<'a> {
         self.memory = monitor.inspect(offer)?;
         self.records = Some(self.begin_record(monitor.pid())?);
         self.monitor = Some(monitor);
-        let count = self.options.lanes.agree(&offer.lanes, self.same_host);
-        let (path, no_rdma) = match self.offer_rdma(offer) {
-            Ok(()) => (LanePath::Rdma, None),
-            Err(why) if self.options.lanes.transport == Transport::Rdma => {
-                let hint = "start the target without --transport rdma";
-                return Err(failure::no_rdma(&why, hint));
-            }
-            Err(why) => (lanes::tcp_path_for(&offer.lanes.paths), Some(why)),
-        };
-        let cpus = &self.options.lanes.cpus;
-        for lane in 0..count {
-            let ticket = Ticket::random().expect("the kernel has random bytes");
-            let cpu = cpus.get(usize::from(lane) % cpus.len().max(1)).map(|cpu| *cpu as u16);
-            self.tickets.push(LaneTicket { path, ticket, cpu });
-            self.lanes.push(None);
-        }
-        Ok(Choice {
-            lanes: self.tickets.clone(),
-            refused: lanes::refused(&offer.lanes, path, no_rdma.as_deref()),
-            rdma_port: self.rdma.as_ref().map(RdmaTarget::port),
-        })
-    }
-
-    /// Listens for lanes over RDMA, or says why not.
-    fn offer_rdma(&mut self, offer: &Offer) -> Result<(), String> {
-        if !offer.lanes.paths.contains(&LanePath::Rdma) {
-            return Err("the source does not offer it".into());
-        }
-        if let Some(why) = &self.options.lanes.no_rdma {
-            return Err(why.clone());
-        }
-        let at = self.link.local().ok_or("the source is gone")?.ip();
-        let threads = self.options.lanes.cpus.len();
-        let (rdma, arrivals) = RdmaTarget::listen(self.memory.clone(), at, threads)?;
-        (self.rdma, self.rdma_arrivals) = (Some(rdma), arrivals);
-        Ok(())
+        let at = self.link.local().map(|address| address.ip());
+        self.intake.agree(offer, self.memory.clone(), at)
     }
 
     fn begin_record(&self, pid: i32) -> Result<Records, Failure> {
@@ -486,7 +268,7 @@ impl<'a> Session<'a> {
 
     /// What lies where the guest has holes would stay there: clear it. Then populate ahead of the
     /// data, so that first-touch faults don't sit in its path.
-    fn make_room(&mut self, pages: &pageferry_datapath::bitmap::DirtySet) -> Result<(), Failure> {
+    fn make_room(&mut self, pages: &DirtySet) -> Result<(), Failure> {
         clear::outside(&self.memory, pages)
             .map_err(|error| failure::host("clearing the target's memory", &error, None))?;
         let threads = self.options.lanes.cpus.len().max(1);
@@ -495,7 +277,7 @@ impl<'a> Session<'a> {
                 .map_err(|error| failure::host("populating the target's memory", &error, None))?,
         );
         // Not before: what is cleared after it was pinned would stay the device's.
-        self.rdma.as_ref().map_or(Ok(()), |rdma| rdma.begin(pages.to_extents()))
+        self.intake.begin(pages.to_extents())
     }
 
     fn prepare_incoming(&mut self) -> Result<(), Failure> {
@@ -567,7 +349,7 @@ impl<'a> Session<'a> {
     /// Whether what was loaded could be dropped.
     fn unwind(&mut self) -> bool {
         self.digest = None;
-        self.fence_lanes();
+        self.intake.fence();
         self.stop_populating();
         // Before what was loaded is dropped: should the source have decided to hand over, and not
         // hear of this, it is the record here that gives the guest back to it.
@@ -586,15 +368,6 @@ impl<'a> Session<'a> {
             records.forget();
         }
         true
-    }
-
-    fn fence_lanes(&mut self) {
-        for lane in self.lanes.iter_mut().filter_map(Option::take) {
-            match lane {
-                Taken::Tcp(lane) => drop(lane.fence()),
-                Taken::Rdma(lane) => drop(lane.fence()),
-            }
-        }
     }
 
     fn stop_populating(&mut self) {
@@ -618,12 +391,8 @@ impl<'a> Session<'a> {
             thread::sleep(Duration::from_millis(5));
         }
         self.link.close();
-        self.fence_lanes();
+        self.intake.fence();
         self.stop_populating();
         TargetResult { session: self.session, outcome, total }
     }
-}
-
-fn lost(error: &LinkError) -> Failure {
-    failure::host("source", error, Some("look at the source agent's output".into()))
 }

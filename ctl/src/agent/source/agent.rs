@@ -1,0 +1,395 @@
+//! The source agent's loop, and what each command of the state machine does.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
+use pageferry_datapath::control::{Choice, Hello, LaneOffer, Message, Offer, SourceLimits};
+use pageferry_datapath::ids::SessionId;
+use pageferry_datapath::lane::LaneEvent;
+use pageferry_datapath::source::{Command, Failure, Input, Phase, Source, SourceConfig};
+
+use super::super::digest_job::DigestJob;
+use super::super::failure;
+use super::super::hold::Hold;
+use super::super::link::{Link, LinkError};
+use super::super::monitor::{SourceMonitor, StateStream};
+use super::super::record::{Decision, Record, Records, Role};
+use super::mover::{Mover, Way};
+use super::state_relay::StateRelay;
+use super::tracking::Tracking;
+use super::{SourceOptions, SourceResult, Watch, lost};
+use crate::host;
+
+/// How often a watcher is told how far things are.
+const WATCH_EVERY: Duration = Duration::from_millis(100);
+/// How long the target may take to accept the control connection.
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// Everything one migration holds at the source.
+pub(super) struct Agent<'a> {
+    session: SessionId,
+    started: Instant,
+    monitor: &'a mut dyn SourceMonitor,
+    link: Link,
+    records: Option<Records>,
+    hold: Hold<Input>,
+    inputs: Receiver<Input>,
+    to_inputs: Sender<Input>,
+    mover: Mover,
+    tracking: Tracking,
+    digest: Option<DigestJob>,
+    /// The monitor's device state, once it is on its way.
+    state: Arc<OnceLock<Arc<dyn StateStream>>>,
+    relay: Option<StateRelay>,
+    state_bytes: u64,
+}
+
+impl<'a> Agent<'a> {
+    pub(super) fn new(
+        options: &SourceOptions,
+        monitor: &'a mut dyn SourceMonitor,
+        session: SessionId,
+        started: Instant,
+    ) -> Result<Self, Failure> {
+        let link = Link::connect(&options.to, CONNECT_WITHIN).map_err(|error| {
+            let hint = "is `pageferry target --listen` running there, and the port open?";
+            failure::host("target", &error, Some(hint.into()))
+        })?;
+        let records = Records::begin(
+            &options.state_dir,
+            Record {
+                session,
+                role: Role::Source,
+                decision: Decision::Attempting,
+                peer: options.to.clone(),
+                qmp: options.qmp.clone(),
+                pid: monitor.facts().pid,
+                sequence: 0,
+                written_at: 0,
+            },
+        )
+        .map_err(|error| {
+            let hint = "name a writable folder with --state-dir";
+            failure::host("record", &error, Some(hint.into()))
+        })?;
+        if let Err(failure) = monitor.guard(records.path()) {
+            records.forget();
+            return Err(failure);
+        }
+        let (to_inputs, inputs) = unbounded();
+        Ok(Self {
+            session,
+            started,
+            monitor,
+            link,
+            records: Some(records),
+            hold: Hold::from_environment(),
+            inputs,
+            to_inputs,
+            mover: Mover::new(options.lanes.clone()),
+            tracking: Tracking::default(),
+            digest: None,
+            state: Arc::default(),
+            relay: None,
+            state_bytes: 0,
+        })
+    }
+
+    pub(super) fn run(
+        mut self,
+        options: &SourceOptions,
+        cancel: &Receiver<()>,
+        watch: &mut dyn FnMut(&Watch<'_>),
+    ) -> SourceResult {
+        self.read_control();
+        let (mut commands, mut ready) = (Vec::new(), VecDeque::new());
+        let mut machine = Source::start(self.config(options), self.now(), &mut commands);
+        loop {
+            for command in commands.drain(..) {
+                ready.extend(self.carry_out(command).unwrap_or_else(|f| Some(Input::Failed(f))));
+            }
+            watch(&self.watched(&machine));
+            if machine.outcome().is_some() {
+                break;
+            }
+            let input = self.next(&machine, &mut ready, cancel);
+            self.note(&input);
+            machine = machine.handle(input, self.now(), &mut commands);
+        }
+        self.finish(machine)
+    }
+
+    fn config(&self, options: &SourceOptions) -> SourceConfig {
+        let facts = self.monitor.facts();
+        SourceConfig {
+            hello: Hello {
+                session: self.session,
+                software: host::software(),
+                host: host::name(),
+                boot_id: host::boot_id(),
+            },
+            offer: Offer {
+                regions: facts.regions.clone(),
+                monitor: facts.monitor.clone(),
+                machine: facts.machine.clone(),
+                lanes: LaneOffer {
+                    count: options.lanes.count,
+                    paths: options.lanes.paths(),
+                    cpus: options.lanes.cpus.len() as u16,
+                },
+                tracker: facts.tracker.0.clone(),
+                target_qmp: options.target_qmp.clone(),
+                verify: options.verify,
+                limits: SourceLimits { downtime_ms: options.goals.downtime.as_millis() as u64 },
+            },
+            goals: options.goals,
+            drain: facts.drain.is_some() && !options.skip_drain,
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Whether both ends share a machine is needed here too.
+    fn note(&mut self, input: &Input) {
+        if let Input::Message(Message::Welcome(welcome)) = input {
+            let here = host::boot_id();
+            self.mover.same_host = !here.is_empty() && welcome.boot_id == here;
+        }
+    }
+
+    /// Starts the control reader. What the target's monitor answers to the source's goes straight
+    /// to it; everything else is the machine's.
+    fn read_control(&self) {
+        let to_inputs = self.to_inputs.clone();
+        let state = Arc::clone(&self.state);
+        self.link.read_with(move |message| {
+            let input = match message {
+                Ok(Message::ReturnPath(bytes)) => {
+                    // A monitor that no longer listens says so by itself.
+                    let _its_own_failure = state.get().map(|stream| stream.write_all(&bytes));
+                    return;
+                }
+                Ok(message) => Input::Message(message),
+                Err(error) => Input::PeerLost(lost(&error)),
+            };
+            let _nobody_waits_after_the_end = to_inputs.send(input);
+        });
+    }
+
+    /// What the machine hears next: answers to its commands, then what happens.
+    fn next(
+        &mut self,
+        machine: &Source,
+        ready: &mut VecDeque<Input>,
+        cancel: &Receiver<()>,
+    ) -> Input {
+        let phase = machine.phase();
+        while self.hold.holds(phase, self.now()) {
+            match ready.pop_front().unwrap_or_else(|| self.wait(machine.deadline(), cancel)) {
+                // Time passing ends this phase, so it does not pass.
+                Input::Tick if phase == Phase::Spacing => {}
+                input @ (Input::Tick | Input::Cancelled | Input::Failed(_)) => return input,
+                input @ (Input::PeerLost(_) | Input::Message(Message::Abort(_)))
+                    if phase < Phase::Deciding =>
+                {
+                    return input;
+                }
+                // From the decision on it counts what the target said before it was lost.
+                input @ Input::PeerLost(_) => {
+                    self.hold.keep(input);
+                    self.hold.end();
+                }
+                input => self.hold.keep(input),
+            }
+        }
+        let kept = self.hold.pop().or_else(|| ready.pop_front());
+        kept.unwrap_or_else(|| self.wait(machine.deadline(), cancel))
+    }
+
+    /// The next thing that happens; a tick at the deadline, or when it is time to tell the watcher.
+    fn wait(&mut self, deadline: Option<Duration>, cancel: &Receiver<()>) -> Input {
+        let until = deadline.map_or(WATCH_EVERY, |at| at.saturating_sub(self.now()));
+        select! {
+            recv(self.inputs) -> input => input.expect("this agent holds a sender"),
+            recv(self.mover.events()) -> event => {
+                self.lane_event(event.expect("this agent holds a sender"))
+            }
+            recv(cancel) -> _ => Input::Cancelled,
+            recv(after(until.min(WATCH_EVERY))) -> _ => match self.monitor.is_alive() {
+                true => Input::Tick,
+                false => Input::Failed(failure::monitor_gone("source")),
+            },
+        }
+    }
+
+    /// What the lanes say; where they lead to is known while the control connection is.
+    fn lane_event(&mut self, event: LaneEvent) -> Input {
+        let (session, memory) = (self.session, self.tracking.memory());
+        let way = self.link.peer().map(|address| Way { address, session, memory });
+        self.mover.heard(event, way)
+    }
+
+    fn carry_out(&mut self, command: Command) -> Result<Option<Input>, Failure> {
+        Ok(match command {
+            Command::Send(message) => self.send(&message),
+            Command::OpenLanes(choice) => Some(self.open_lanes(&choice)?),
+            Command::Attach => Some(self.attach()?),
+            Command::MoveRound { round, pages } => {
+                self.mover.move_round(round, &pages);
+                None
+            }
+            Command::Scan => Some(Input::Scanned(self.tracking.scan()?)),
+            Command::PrepareSwitchover => {
+                self.monitor.prepare_switchover()?;
+                Some(Input::SwitchoverPrepared)
+            }
+            Command::Pause => {
+                self.monitor.pause()?;
+                Some(Input::Paused)
+            }
+            Command::Resume => {
+                self.monitor.resume()?;
+                Some(Input::Resumed)
+            }
+            Command::Digest => {
+                self.digest();
+                None
+            }
+            Command::SaveDeviceState => self.save_state()?,
+            Command::Record => {
+                self.decide(Decision::HandedOver)?;
+                Some(Input::Recorded)
+            }
+            Command::Release => {
+                self.release();
+                Some(Input::Released)
+            }
+            Command::Retract => Some(Input::Retracted { durable: self.retract() }),
+            Command::Unwind => Some(Input::Unwound { guest_running: self.unwind() }),
+        })
+    }
+
+    fn send(&self, message: &Message) -> Option<Input> {
+        match self.link.send(message) {
+            Ok(()) => None,
+            Err(error) => Some(Input::PeerLost(lost(&error))),
+        }
+    }
+
+    fn open_lanes(&mut self, choice: &Choice) -> Result<Input, Failure> {
+        self.tracking.map(self.monitor)?;
+        let address = self.link.peer().ok_or_else(|| lost(&LinkError::Closed))?;
+        let (session, memory) = (self.session, self.tracking.memory());
+        self.mover.open(choice, Way { address, session, memory })?;
+        Ok(Input::LanesOpen)
+    }
+
+    fn attach(&mut self) -> Result<Input, Failure> {
+        let populated = self.tracking.arm(self.monitor)?;
+        let recording = self.records.as_ref().map_or(Duration::ZERO, Records::write_cost);
+        Ok(Input::Attached { populated, fixed: self.monitor.fixed_cost() + recording })
+    }
+
+    /// Digests on threads of its own, so that a cancel is heard meanwhile.
+    fn digest(&mut self) {
+        let (memory, cpus) = (self.tracking.memory().clone(), self.mover.cpus());
+        let to_inputs = self.to_inputs.clone();
+        self.digest = Some(DigestJob::start(memory, cpus, move |digested| {
+            let input = match digested {
+                Ok((digest, _took)) => Input::Digested(digest),
+                Err(failure) => Input::Failed(failure),
+            };
+            let _nobody_waits_after_the_end = to_inputs.send(input);
+        }));
+    }
+
+    /// Starts the relay: device state goes from the monitor to the control connection as it comes.
+    fn save_state(&mut self) -> Result<Option<Input>, Failure> {
+        let stream = self.monitor.save_state()?;
+        assert!(self.state.set(Arc::clone(&stream)).is_ok(), "device state is saved once");
+        let relay = StateRelay::start(stream, self.link.clone(), self.to_inputs.clone());
+        self.relay = Some(relay);
+        self.monitor.state_saved()?;
+        Ok(Some(Input::DeviceStateSent))
+    }
+
+    fn decide(&mut self, decision: Decision) -> Result<(), Failure> {
+        let hint = "the disk of --state-dir must take a few hundred bytes";
+        self.records
+            .as_mut()
+            .map_or(Ok(()), |records| records.write(decision))
+            .map_err(|error| failure::host("record", &error, Some(hint.into())))
+    }
+
+    fn release(&mut self) {
+        self.tracking.disarm();
+        self.mover.close(false);
+        self.join_relay();
+        self.monitor.release();
+        if let Some(records) = self.records.take() {
+            records.forget();
+        }
+    }
+
+    fn unwind(&mut self) -> bool {
+        self.digest = None;
+        let running = self.monitor.unwind();
+        self.tracking.disarm();
+        self.link.finish();
+        self.mover.close(true);
+        self.join_relay();
+        match self.records.take() {
+            Some(records) if running => records.forget(),
+            records => self.records = records,
+        }
+        running
+    }
+
+    /// Should this agent die from here on, nobody may think that the guest was handed over.
+    fn retract(&mut self) -> bool {
+        self.decide(Decision::Aborted).is_ok()
+            || self.records.take().is_none_or(|records| records.remove().is_ok())
+    }
+
+    fn join_relay(&mut self) {
+        if let Some(relay) = self.relay.take() {
+            self.state_bytes = relay.join();
+        }
+    }
+
+    fn watched<'m>(&'m self, machine: &'m Source) -> Watch<'m> {
+        Watch {
+            session: self.session,
+            path: self.mover.path(),
+            path_reason: self.mover.path_reason(),
+            at: self.now(),
+            phase: machine.phase(),
+            report: machine.report(),
+            round_bytes: self.mover.round_bytes(),
+            moved_bytes: self.mover.moved_bytes(),
+            lanes: self.mover.alive(),
+        }
+    }
+
+    fn finish(mut self, machine: Source) -> SourceResult {
+        // After an uncertain end nothing was let go of yet: the guest stays paused.
+        self.mover.close(true);
+        self.tracking.disarm();
+        self.link.close();
+        SourceResult {
+            session: self.session,
+            outcome: machine.outcome().expect("the loop ends with it").clone(),
+            report: machine.report().clone(),
+            lanes: self.mover.take_stats(),
+            path_reason: self.mover.path_reason().map(str::to_owned),
+            scans: std::mem::take(&mut self.tracking.scans),
+            state_bytes: self.state_bytes,
+            attach_stopped: self.tracking.attach_stopped,
+            total: self.started.elapsed(),
+        }
+    }
+}
