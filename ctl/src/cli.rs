@@ -21,6 +21,9 @@ const EXAMPLES: &str = "\
 Examples:
   Can this host migrate, and what would make it faster?
       pageferry probe
+  Certificates for two hosts, made once (more with `pageferry pki --help`):
+      pageferry pki init
+      pageferry pki issue host-b 10.0.0.2
   On the target host, beside a QEMU started with `-incoming defer`:
       pageferry target --listen 10.0.0.2:4777 --qmp /run/vm1.qmp
   On the source host, beside the running QEMU:
@@ -43,6 +46,8 @@ pub enum Command {
     Migrate(Box<MigrateArgs>),
     /// Set up two hosts (network namespaces) with a guest each and move one live.
     Demo(DemoArgs),
+    /// Make and look at the certificates that hosts show each other.
+    Pki(PkiArgs),
     /// Looks after a guest whose source agent dies: started by the agent itself.
     #[command(hide = true)]
     Guard,
@@ -192,6 +197,65 @@ pub struct DemoArgs {
     /// Pages that its program writes each second.
     #[arg(long, value_name = "N", default_value_t = 5000)]
     pub write_rate: u64,
+}
+
+const PKI_EXAMPLES: &str = "\
+Examples:
+  Once, on the machine that is to sign for all hosts:
+      pageferry pki init
+  For each host, by the name and addresses that sources will use in --to:
+      pageferry pki issue host-b 10.0.0.2
+      scp /etc/pageferry/pki/hosts/host-b/*.pem root@host-b:/etc/pageferry/pki/
+  What a host has, until when, and what is wrong with it:
+      pageferry pki show
+
+Without --dir it is /etc/pageferry/pki for root, and ~/.config/pageferry/pki for others.";
+
+/// Arguments of `pki`.
+#[derive(Debug, Args)]
+#[command(after_help = PKI_EXAMPLES)]
+pub struct PkiArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: PkiCommand,
+}
+
+/// What `pki` does.
+#[derive(Debug, Subcommand)]
+pub enum PkiCommand {
+    /// Make a certificate authority: one key that signs for every host.
+    Init {
+        /// Where.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// What it is called, for people.
+        #[arg(long, value_name = "NAME", default_value = "pageferry CA")]
+        name: String,
+        /// For how many days it is valid.
+        #[arg(long, value_name = "N", default_value_t = 3650, value_parser = clap::value_parser!(u32).range(1..=36500))]
+        days: u32,
+    },
+    /// Make both certificates of one host: one as a target, one as a source.
+    Issue {
+        /// The host's name, then further names and addresses of it.
+        #[arg(required = true, value_name = "NAME|ADDRESS")]
+        names: Vec<String>,
+        /// Where the authority is.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Where to put them; --dir itself for this very host. Default: DIR/hosts/NAME.
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// For how many days they are valid.
+        #[arg(long, value_name = "N", default_value_t = 825, value_parser = clap::value_parser!(u32).range(1..=36500))]
+        days: u32,
+    },
+    /// Tell what a directory holds, until when it is valid, and what is wrong with it.
+    Show {
+        /// Which; QEMU's and libvirt's layouts are known too.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
 }
 
 /// A list of cores as taskset writes it: `0-3,8`.

@@ -9,6 +9,7 @@ pub mod host;
 pub mod lab;
 pub mod limits;
 pub mod migrate;
+pub mod pki;
 pub mod probe;
 pub mod qemu;
 pub mod qmp;

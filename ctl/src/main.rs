@@ -8,7 +8,7 @@ use crossbeam_channel::bounded;
 use pageferry_ctl::cli::{Cli, Command};
 use pageferry_ctl::qemu::guard;
 use pageferry_ctl::report::exit::Exit;
-use pageferry_ctl::{demo, lab, migrate, probe, receive, report};
+use pageferry_ctl::{demo, lab, migrate, pki, probe, receive, report};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         Command::Target(args) => receive::run(&args, &cancel).into(),
         Command::Demo(args) => demo::run(&args, &cancel).into(),
         Command::Probe(args) => probe::run(&args).into(),
+        Command::Pki(args) => pki::run(&args).into(),
         Command::Guard => guard::run().into(),
         Command::GuestInit => unreachable!("it never returns"),
     }

@@ -71,13 +71,19 @@ fn examples() -> Result<Vec<Vec<String>>, Box<dyn std::error::Error>> {
 fn every_example_of_the_help_runs() -> Outcome {
     let examples = examples()?;
     let commands: Vec<&str> = examples.iter().map(|words| words[0].as_str()).collect();
-    assert_eq!(commands, ["probe", "target", "migrate", "demo"]);
+    assert_eq!(commands, ["probe", "pki", "pki", "target", "migrate", "demo"]);
+    let place = tempfile::tempdir()?;
+    let certificates = place.path().join("pki").display().to_string();
     for words in &examples {
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+        if words[0] == "pki" {
+            words.extend(["--dir", &certificates]);
+        }
         let expected: &[i32] = match words[0] {
             // Moves a guest; `make demo` runs it.
             "demo" => continue,
             "probe" => &[DONE, REFUSED],
+            "pki" => &[DONE],
             // There is no such guest here: understood, and refused with a reason.
             _ => &[REFUSED],
         };
@@ -95,7 +101,7 @@ fn every_example_of_the_help_runs() -> Outcome {
 
 #[test]
 fn every_subcommand_has_help_and_bad_usage_is_told_apart() -> Outcome {
-    for command in ["probe", "target", "migrate", "demo"] {
+    for command in ["probe", "target", "migrate", "demo", "pki"] {
         let output = pageferry([command, "--help"])?;
         assert_eq!(output.status.code(), Some(DONE), "{command}");
         assert!(String::from_utf8_lossy(&output.stdout).contains("Usage: pageferry"), "{command}");
