@@ -36,11 +36,11 @@ pub(crate) fn migrate(
     let address = net.target_address().to_string();
     let state = |word: &str| folder.join(format!("state-{word}"));
     let mut receive = net.command(End::Target, &program);
-    receive.args(["target", "--once", "--json", "--listen", &address, "--qmp"]);
+    receive.args(["target", "--once", "--json", "--insecure", "--listen", &address, "--qmp"]);
     receive.arg(target.qmp()).arg("--state-dir").arg(state("target"));
     receive.args(common.target_args.split_ascii_whitespace());
     let mut migrate = net.command(End::Source, &program);
-    migrate.args(["migrate", "--json", "--to", &address, "--qmp"]);
+    migrate.args(["migrate", "--json", "--insecure", "--to", &address, "--qmp"]);
     migrate.arg(source.qmp()).arg("--state-dir").arg(state("source"));
     migrate.args(common.migrate_args.split_ascii_whitespace());
 

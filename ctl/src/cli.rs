@@ -64,6 +64,19 @@ pub struct ProbeArgs {
     pub json: bool,
 }
 
+/// Certificates of this side.
+#[derive(Clone, Debug, Default, Args)]
+pub struct TlsArgs {
+    /// Certificates to show and to believe, as `pageferry pki`, QEMU or libvirt lay them out.
+    /// Default: /etc/pageferry/pki (root) or ~/.config/pageferry/pki; on loopback none are needed.
+    #[arg(long, value_name = "DIR", conflicts_with = "insecure")]
+    pub tls_dir: Option<PathBuf>,
+    /// Talk to whoever is there, without TLS. Who can reach the network in between can then read
+    /// and change the guest.
+    #[arg(long)]
+    pub insecure: bool,
+}
+
 /// Arguments of `target`.
 #[derive(Debug, Args)]
 pub struct TargetArgs {
@@ -73,6 +86,9 @@ pub struct TargetArgs {
     /// QMP socket of the waiting QEMU. Without it the source names one (`--target-qmp`).
     #[arg(long, value_name = "PATH")]
     pub qmp: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)] // Documented at each of its fields; words here would be help.
+    pub tls: TlsArgs,
     /// Cores the lanes may use, like 0-3,8. Default: chosen from the machine.
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
@@ -108,6 +124,12 @@ pub struct MigrateArgs {
     /// QMP socket at the target, if the target was not started with one.
     #[arg(long, value_name = "PATH")]
     pub target_qmp: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)] // Documented at each of its fields; words here would be help.
+    pub tls: TlsArgs,
+    /// Whom the target's certificate has to name. Default: the host of --to.
+    #[arg(long, value_name = "NAME", conflicts_with = "insecure")]
+    pub tls_hostname: Option<String>,
     /// Number of lanes. Default: chosen from both machines.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub lanes: Option<u16>,
@@ -208,6 +230,9 @@ Examples:
       scp /etc/pageferry/pki/hosts/host-b/*.pem root@host-b:/etc/pageferry/pki/
   What a host has, until when, and what is wrong with it:
       pageferry pki show
+  Certificates that QEMU or libvirt has already:
+      pageferry target --tls-dir /etc/pki ...
+      pageferry migrate --tls-dir /etc/pki/qemu ...
 
 Without --dir it is /etc/pageferry/pki for root, and ~/.config/pageferry/pki for others.";
 

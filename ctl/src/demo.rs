@@ -15,7 +15,7 @@ use crate::cli::DemoArgs;
 use crate::lab::console::{longest_gap, ticks_across};
 use crate::lab::{
     GUEST_ADDRESS, GUEST_PREFIX, GuestAssets, LabError, Qemu, QemuSpec, TAP, TwoHosts, Workplace,
-    is_root,
+    certificates, is_root,
 };
 use crate::report::exit::Exit;
 
@@ -115,6 +115,7 @@ impl Demo {
         let mut command = self.agent(|hosts| &hosts.target)?;
         command.arg("target").arg("--listen").arg(self.address());
         command.arg("--once").arg("--qmp").arg(self.target.qmp());
+        self.certificates(&mut command, |hosts| &hosts.target)?;
         command.arg("--state-dir").arg(self.workplace.file("target-state"));
         let child = command.stdout(Stdio::null()).spawn().map_err(not_started)?;
         // It says on which address it listens; on a busy machine that takes a moment.
@@ -127,6 +128,7 @@ impl Demo {
         command.arg("migrate").arg("--qmp").arg(self.source.qmp());
         command.arg("--to").arg(self.address()).arg("--verify");
         command.arg("--state-dir").arg(self.workplace.file("source-state"));
+        self.certificates(&mut command, |hosts| &hosts.source)?;
         if args.json {
             command.arg("--json");
         }
@@ -148,6 +150,19 @@ impl Demo {
             Some(hosts) => format!("{}:4777", hosts.target.address),
             None => "127.0.0.1:4777".into(),
         }
+    }
+
+    /// Between hosts the agents make sure of each other; on loopback there is nobody in between.
+    fn certificates(
+        &self,
+        command: &mut Command,
+        which: impl Fn(&TwoHosts) -> &crate::lab::Host,
+    ) -> Result<(), LabError> {
+        if let Some(hosts) = &self.hosts {
+            let address = which(hosts).address.to_string();
+            command.arg("--tls-dir").arg(certificates(&self.workplace, &address)?);
+        }
+        Ok(())
     }
 
     /// This binary, on one of the hosts.

@@ -28,6 +28,7 @@
 //! nothing of the product depends on it.
 
 pub mod assets;
+mod certificates;
 mod command;
 pub mod console;
 pub mod debian;
@@ -48,6 +49,7 @@ pub mod slow_disk;
 pub mod workplace;
 
 pub use assets::{GuestAssets, program};
+pub use certificates::certificates;
 pub use console::{Console, Tick, Verified};
 pub use error::LabError;
 pub use guest_params::GuestParams;

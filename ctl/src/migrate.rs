@@ -11,11 +11,14 @@ use pageferry_uring::plan::{PathWish, ZeroCopyWish};
 use crate::agent::lanes::{self, LaneChoice, Transport};
 use crate::agent::monitor::GuestFacts;
 use crate::agent::source::{self, SourceOptions, SourceResult, Watch};
+use crate::agent::tls::{Caller, Security};
 use crate::cli::{CpuList, MigrateArgs, NotConverging, ZeroCopyChoice};
 use crate::host;
 use crate::qemu::source::QemuSource;
 use crate::report::Reporter;
-use crate::report::events::{Event, LaneDetail, MigrationOutcome, RunningOn, Start, Summary};
+use crate::report::events::{
+    Event, LaneDetail, MigrationOutcome, RunningOn, Secured, Start, Summary,
+};
 use crate::report::exit::Exit;
 use crate::report::histograms::Latencies;
 use crate::report::timeline::{Timeline, ms, per_second};
@@ -35,6 +38,11 @@ pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporte
     if let (Transport::Rdma, Some(why)) = (args.transport, &options.lanes.no_rdma) {
         let hint = "leave out --transport rdma, or see `pageferry probe`";
         return refused(crate::agent::failure::no_rdma(why, hint), reporter);
+    }
+    if options.caller.insecure
+        && let Some(warning) = Security::Insecure.warning("source")
+    {
+        eprintln!("warning: {warning}");
     }
     let mut told = Told::default();
     let result = source::run(&options, &mut monitor, cancel, &mut |watch| {
@@ -65,6 +73,11 @@ fn refused(failure: Failure, reporter: &mut dyn Reporter) -> Exit {
 fn options(args: &MigrateArgs) -> SourceOptions {
     SourceOptions {
         to: args.to.clone(),
+        caller: Caller {
+            tls_dir: args.tls.tls_dir.clone(),
+            hostname: args.tls_hostname.clone(),
+            insecure: args.tls.insecure,
+        },
         target_qmp: args.target_qmp.as_ref().map(|path| path.display().to_string()),
         qmp: args.qmp.clone(),
         lanes: LaneChoice {
@@ -230,6 +243,7 @@ fn summary(
             Some(chosen) => format!("{}; {chosen}", lane.path_reason),
             None => lane.path_reason.clone(),
         }),
+        security: result.security.as_ref().map(secured),
         tracker: Some(facts.tracker.0.clone()).filter(|name| !name.is_empty()),
         tracker_reason: Some(facts.tracker.1.clone()).filter(|reason| !reason.is_empty()),
         lanes: result.lanes.len(),
@@ -256,6 +270,20 @@ fn summary(
         exit_code: exit.code(),
         reason: failure.as_ref().map(|failure| failure.text.clone()),
         hint: failure.and_then(|failure| failure.hint),
+    }
+}
+
+fn secured(security: &Security) -> Secured {
+    let (suite, peer) = match security {
+        Security::Tls { suite, peer, .. } => (Some(suite.clone()), Some(peer.clone())),
+        Security::Loopback | Security::Insecure => (None, None),
+    };
+    Secured {
+        control: if peer.is_some() { "tls-1.3".into() } else { "plain".into() },
+        cipher_suite: suite,
+        peer,
+        lanes: "clear".into(),
+        warning: security.warning("source"),
     }
 }
 

@@ -5,11 +5,12 @@ use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::Outcome;
 use pageferry_uring::plan::ZeroCopyWish;
 
-use crate::agent::acceptor::Acceptor;
+use crate::agent::acceptor::{Acceptor, ListenError};
 use crate::agent::failure;
 use crate::agent::lanes::{self, LaneChoice};
 use crate::agent::monitor::TargetMonitor;
 use crate::agent::target::{self, TargetOptions, TargetResult};
+use crate::agent::tls::Door;
 use crate::cli::TargetArgs;
 use crate::migrate::{cpus, path};
 use crate::qemu::target::QemuTarget;
@@ -17,14 +18,17 @@ use crate::report::exit::Exit;
 
 /// Runs the subcommand: one migration after the other until Ctrl-C, or one with `--once`.
 pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
-    let acceptor = match Acceptor::listen(&args.listen) {
+    let door = |address| Door::of(address, args.tls.tls_dir.as_deref(), args.tls.insecure);
+    let acceptor = match Acceptor::listen(&args.listen, door) {
         Ok(acceptor) => acceptor,
         Err(error) => {
-            eprintln!("error: listen on {}: {error}", args.listen);
-            eprintln!("hint: name an address of this host and a free port with --listen");
+            not_listening(args, &error);
             return Exit::Refused;
         }
     };
+    if let Some(warning) = acceptor.door().plain().and_then(|plain| plain.warning("target")) {
+        eprintln!("warning: {warning}");
+    }
     if let Err(failure) = early_check(args) {
         say_failure(&failure);
         return Exit::Refused;
@@ -58,6 +62,19 @@ pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
         if args.once || result.outcome == Outcome::Runs && args.qmp.is_some() {
             return last;
         }
+    }
+}
+
+fn not_listening(args: &TargetArgs, error: &ListenError) {
+    eprintln!("error: {}", failure::chain(&format!("listen on {}", args.listen), error));
+    let hint = match error {
+        ListenError::Tls(error) => error.hint(),
+        ListenError::Socket(_) => {
+            Some("name an address of this host and a free port with --listen".into())
+        }
+    };
+    if let Some(hint) = hint {
+        eprintln!("hint: {hint}");
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pageferry_ctl::lab::{Host, LabError, Qemu, Workplace, program};
+use pageferry_ctl::lab::{Host, LabError, Qemu, Workplace, certificates, program};
 use serde_json::Value;
 
 /// Port of the target agent; each has a namespace of its own.
@@ -104,6 +104,8 @@ impl Agent {
         let qmp = qemu.qmp().display().to_string();
         let mut args = vec!["target", "--listen", &listen, "--qmp", &qmp, "--once", "--json"];
         args.extend(["--state-dir", &state]);
+        let tls = tls(workplace, host, more)?;
+        args.extend(tls.iter().map(String::as_str));
         args.extend(more);
         let agent = Self::start(workplace, host, name, &args)?;
         agent.wait_text("listening", Duration::from_secs(30))?;
@@ -137,6 +139,8 @@ impl Agent {
         let qmp = qemu.qmp().display().to_string();
         let mut args = vec!["migrate", "--qmp", &qmp, "--to", &to, "--json"];
         args.extend(["--state-dir", &state]);
+        let tls = tls(workplace, host, more)?;
+        args.extend(tls.iter().map(String::as_str));
         args.extend(more);
         Self::start_held(workplace, host, name, &args, hold)
     }
@@ -214,6 +218,14 @@ impl Drop for Agent {
         let _it_may_have_ended: io::Result<()> = self.child.kill();
         let _reaped = self.child.wait();
     }
+}
+
+/// Certificates for an agent on a host, unless `more` says what it does about them.
+fn tls(workplace: &Workplace, host: Option<&Host>, more: &[&str]) -> Result<Vec<String>, LabError> {
+    let told = more.iter().any(|arg| ["--tls-dir", "--insecure"].contains(arg));
+    let Some(host) = host.filter(|_| !told) else { return Ok(Vec::new()) };
+    let dir = certificates(workplace, &host.address.to_string())?;
+    Ok(vec!["--tls-dir".into(), dir.display().to_string()])
 }
 
 fn address(host: Option<&Host>) -> String {

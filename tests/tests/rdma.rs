@@ -63,12 +63,13 @@ impl Scene {
         let (here, there) = (state("source"), state("target"));
         let qmp = waiting.qmp().display().to_string();
         let name = |role: &str| format!("{attempt}.{role}.agent");
-        let args = ["target", "--listen", &self.to, "--qmp", &qmp, "--once", "--json"];
+        let args =
+            ["target", "--listen", &self.to, "--qmp", &qmp, "--once", "--json", "--insecure"];
         let args = [&args[..], &["--state-dir", &there]].concat();
         let target = Agent::start(&self.workplace, None, &name("target"), &args)?;
         target.wait_text("listening", SOON)?;
         let qmp = self.guest.qmp().display().to_string();
-        let args = ["migrate", "--qmp", &qmp, "--to", &self.to, "--json", "--verify"];
+        let args = ["migrate", "--qmp", &qmp, "--to", &self.to, "--json", "--verify", "--insecure"];
         let args = [&args[..], &["--state-dir", &here, "--downtime-ms", "2000"], more].concat();
         let source = Agent::start(&self.workplace, None, &name("source"), &args)?;
         meanwhile(&source)?;

@@ -13,6 +13,7 @@
 pub mod ceiling;
 pub mod cpulist;
 pub mod greet;
+pub mod handshake;
 pub mod limits;
 pub mod nic;
 pub mod placement;

@@ -12,6 +12,7 @@ use pageferry_uring::greet;
 use pageferry_uring::limits::GREETING_WAIT_MAX;
 
 use super::failure;
+use super::tls::{Channel, Door, Greeted, TlsError};
 
 /// Connections being greeted at once; more are dropped, so that strangers can't use up threads.
 const GREETINGS_MAX: usize = 512;
@@ -19,8 +20,8 @@ const GREETINGS_MAX: usize = 512;
 /// A connection that has said what it is.
 #[derive(Debug)]
 pub enum Arrival {
-    /// A control connection; nothing was read from it.
-    Control(TcpStream),
+    /// A control connection; nothing of ours was read from it.
+    Control(Channel),
     /// A lane that has said its hello and waits for the reply.
     Lane(ArrivingLane),
     /// Something else; already closed.
@@ -57,23 +58,45 @@ impl ArrivingLane {
     }
 }
 
+/// Why nobody listens.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The address is not this host's, or taken.
+    #[error(transparent)]
+    Socket(#[from] std::io::Error),
+    /// It may not listen there as it was told to.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
 /// A listening socket and its threads.
 #[derive(Debug)]
 pub struct Acceptor {
     address: SocketAddr,
+    door: Door,
     arrivals: Receiver<Arrival>,
 }
 
 impl Acceptor {
-    /// Listens at `address`; port 0 lets the kernel choose one.
-    pub fn listen(address: &str) -> std::io::Result<Self> {
+    /// Listens at `address`, with the door that belongs there; port 0 lets the kernel choose one.
+    pub fn listen(
+        address: &str,
+        door: impl FnOnce(SocketAddr) -> Result<Door, TlsError>,
+    ) -> Result<Self, ListenError> {
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
+        let door = door(address)?;
         let (to_arrivals, arrivals) = unbounded();
+        let theirs = door.clone();
         thread::Builder::new()
             .name("pf-accept".into())
-            .spawn(move || accept_all(&listener, &to_arrivals))?;
-        Ok(Self { address, arrivals })
+            .spawn(move || accept_all(&listener, &theirs, &to_arrivals))?;
+        Ok(Self { address, door, arrivals })
+    }
+
+    /// Who may come in.
+    pub fn door(&self) -> &Door {
+        &self.door
     }
 
     /// Where it listens.
@@ -87,7 +110,7 @@ impl Acceptor {
     }
 }
 
-fn accept_all(listener: &TcpListener, arrivals: &Sender<Arrival>) {
+fn accept_all(listener: &TcpListener, door: &Door, arrivals: &Sender<Arrival>) {
     let greetings = Arc::new(AtomicUsize::new(0));
     loop {
         let Ok((stream, from)) = listener.accept() else {
@@ -100,8 +123,9 @@ fn accept_all(listener: &TcpListener, arrivals: &Sender<Arrival>) {
         }
         greetings.fetch_add(1, Ordering::Relaxed);
         let (to_arrivals, counted) = (arrivals.clone(), Arc::clone(&greetings));
+        let door = door.clone();
         let greeting = thread::Builder::new().name("pf-greet".into()).spawn(move || {
-            let _nobody_listens_after_the_end = to_arrivals.send(greet(stream, from));
+            let _nobody_listens_after_the_end = to_arrivals.send(greet(stream, from, &door));
             counted.fetch_sub(1, Ordering::Relaxed);
         });
         if greeting.is_err() {
@@ -110,15 +134,34 @@ fn accept_all(listener: &TcpListener, arrivals: &Sender<Arrival>) {
     }
 }
 
-fn greet(stream: TcpStream, from: SocketAddr) -> Arrival {
+fn greet(stream: TcpStream, from: SocketAddr, door: &Door) -> Arrival {
     let deadline = Instant::now() + GREETING_WAIT_MAX;
-    let greeted = match greet::peek_greeting(&stream, deadline) {
-        Ok(Greeting::Control) => return Arrival::Control(stream),
+    let stranger = |reason: String| Arrival::Stranger { from, reason };
+    let hello = match greet::peek_greeting(&stream, deadline) {
+        Ok(Greeting::Control) => {
+            return match door.plain() {
+                Some(security) => Arrival::Control(Channel::plain(stream, security.clone())),
+                None => {
+                    Door::turn_away(&stream);
+                    stranger("the source speaks no TLS: it was started with --insecure".into())
+                }
+            };
+        }
+        Ok(Greeting::Tls) => match door.shake_hands(stream, deadline) {
+            Ok(Greeted::Control(channel)) => return Arrival::Control(channel),
+            Ok(Greeted::Lane(..)) => return stranger("no lane is encrypted here".into()),
+            Err(error) => return stranger(with_hint(&error)),
+        },
         Ok(Greeting::Lane) => greet::read_hello(&stream, deadline),
         Err(error) => Err(error),
     };
-    match greeted {
+    match hello {
         Ok(hello) => Arrival::Lane(ArrivingLane { stream, hello }),
-        Err(error) => Arrival::Stranger { from, reason: failure::chain("", &error) },
+        Err(error) => stranger(failure::chain("", &error)),
     }
+}
+
+fn with_hint(error: &TlsError) -> String {
+    let text = failure::chain("", error);
+    error.hint().map_or(text.clone(), |hint| format!("{text}\nhint: {hint}"))
 }

@@ -1,17 +1,18 @@
-//! The control connection: messages over one TCP stream.
+//! The control connection: messages over one stream, through TLS where that was agreed.
 //!
 //! The writer half is shared (the agent's loop and the device state relay both send) behind a
 //! lock held for one frame; the reader half is a thread that decodes and hands on. What the
 //! messages mean is none of its business.
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Mutex};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use pageferry_datapath::control::{Decoder, FrameError, Message, encode};
+
+use super::tls::{Caller, Channel, Security, TlsError};
 
 /// A peer whose host is gone is noticed after this long, also when nothing is being said.
 const DEAD_AFTER: Duration = Duration::from_secs(20);
@@ -39,6 +40,9 @@ pub enum LinkError {
         #[source]
         source: std::io::Error,
     },
+    /// There is somebody, but not securely.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The peer closed the connection, or died.
     #[error("the peer closed the control connection")]
     Closed,
@@ -53,13 +57,13 @@ pub enum LinkError {
 /// The sending half, shared.
 #[derive(Clone, Debug)]
 pub struct Link {
-    stream: Arc<TcpStream>,
-    writing: Arc<Mutex<()>>,
+    channel: Arc<Channel>,
 }
 
 impl Link {
-    /// Connects to a target's control port, trying each of its addresses until `within` is over.
-    pub fn connect(address: &str, within: Duration) -> Result<Self, LinkError> {
+    /// Connects to a target's control port, trying each of its addresses until `within` is over,
+    /// and makes sure of who answers.
+    pub fn connect(address: &str, caller: &Caller, within: Duration) -> Result<Self, LinkError> {
         let named = |source| LinkError::Address { address: address.to_owned(), source };
         let addresses: Vec<SocketAddr> = address.to_socket_addrs().map_err(named)?.collect();
         let until = Instant::now() + within;
@@ -70,7 +74,7 @@ impl Link {
                 break;
             }
             match TcpStream::connect_timeout(&candidate, left) {
-                Ok(stream) => return Self::over(stream),
+                Ok(stream) => return Self::over(caller.secure(stream, address, until)?),
                 Err(error) => last = error,
             }
         }
@@ -78,27 +82,27 @@ impl Link {
     }
 
     /// Takes an accepted or connected stream.
-    pub fn over(stream: TcpStream) -> Result<Self, LinkError> {
+    pub fn over(channel: Channel) -> Result<Self, LinkError> {
+        let stream = channel.stream();
         let set = || -> std::io::Result<()> {
             stream.set_nodelay(true)?;
             stream.set_nonblocking(false)?;
             stream.set_read_timeout(None)?;
-            setsockopt(&stream, sockopt::KeepAlive, &true)?;
-            setsockopt(&stream, sockopt::TcpKeepIdle, &5)?;
-            setsockopt(&stream, sockopt::TcpKeepInterval, &3)?;
-            setsockopt(&stream, sockopt::TcpKeepCount, &5)?;
-            setsockopt(&stream, sockopt::TcpUserTimeout, &(DEAD_AFTER.as_millis() as u32))?;
+            stream.set_write_timeout(None)?;
+            setsockopt(stream, sockopt::KeepAlive, &true)?;
+            setsockopt(stream, sockopt::TcpKeepIdle, &5)?;
+            setsockopt(stream, sockopt::TcpKeepInterval, &3)?;
+            setsockopt(stream, sockopt::TcpKeepCount, &5)?;
+            setsockopt(stream, sockopt::TcpUserTimeout, &(DEAD_AFTER.as_millis() as u32))?;
             Ok(())
         };
         set().map_err(LinkError::Broken)?;
-        Ok(Self { stream: Arc::new(stream), writing: Arc::new(Mutex::new(())) })
+        Ok(Self { channel: Arc::new(channel) })
     }
 
     /// Sends one message; returns when the kernel has all of it.
     pub fn send(&self, message: &Message) -> Result<(), LinkError> {
-        let frame = encode(message);
-        let _whole_frames = self.writing.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        (&*self.stream).write_all(&frame).map_err(LinkError::Broken)
+        self.channel.send(&encode(message)).map_err(LinkError::Broken)
     }
 
     /// Starts the reader: every message goes to `on_message` on a thread of its own, and what ended
@@ -107,11 +111,11 @@ impl Link {
         &self,
         mut on_message: impl FnMut(Result<Message, LinkError>) + Send + 'static,
     ) -> thread::JoinHandle<()> {
-        let stream = Arc::clone(&self.stream);
+        let channel = Arc::clone(&self.channel);
         thread::Builder::new()
             .name("pf-control".into())
             .spawn(move || {
-                let ended = read_all(&stream, |message| on_message(Ok(message)));
+                let ended = read_all(&channel, |message| on_message(Ok(message)));
                 on_message(Err(ended));
             })
             .expect("the process can start threads")
@@ -119,32 +123,38 @@ impl Link {
 
     /// Ends the connection in both directions; the reader ends with [`LinkError::Closed`].
     pub fn close(&self) {
-        let _already_closed_is_fine = self.stream.shutdown(Shutdown::Both);
+        self.channel.close();
     }
 
     /// Tells the peer that nothing more will be sent.
     pub fn finish(&self) {
-        let _already_closed_is_fine = self.stream.shutdown(Shutdown::Write);
+        self.channel.finish();
+    }
+
+    /// How it is secured, and who the peer is.
+    pub fn security(&self) -> &Security {
+        self.channel.security()
     }
 
     /// This end's address.
     pub fn local(&self) -> Option<SocketAddr> {
-        self.stream.local_addr().ok()
+        self.channel.stream().local_addr().ok()
     }
 
     /// The peer's address.
     pub fn peer(&self) -> Option<SocketAddr> {
-        self.stream.peer_addr().ok()
+        self.channel.stream().peer_addr().ok()
     }
 }
 
-fn read_all(mut stream: &TcpStream, mut on_message: impl FnMut(Message)) -> LinkError {
+fn read_all(channel: &Channel, mut on_message: impl FnMut(Message)) -> LinkError {
     let mut decoder = Decoder::new();
-    let mut bytes = vec![0; READ_BYTES];
+    let (mut buffer, mut bytes) = (vec![0; READ_BYTES], Vec::new());
     loop {
-        match stream.read(&mut bytes) {
+        bytes.clear();
+        match channel.receive(&mut buffer, &mut bytes) {
             Ok(0) => return LinkError::Closed,
-            Ok(count) => decoder.push(&bytes[..count]),
+            Ok(_) => decoder.push(&bytes),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(error) => return LinkError::Broken(error),
         }

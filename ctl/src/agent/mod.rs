@@ -28,3 +28,4 @@ pub mod rdma;
 pub mod record;
 pub mod source;
 pub mod target;
+pub mod tls;

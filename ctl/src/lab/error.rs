@@ -59,6 +59,9 @@ pub enum LabError {
         /// The end of the console or log.
         last_seen: String,
     },
+    /// Throw-away certificates could not be made.
+    #[error(transparent)]
+    Certificates(#[from] crate::pki::PkiError),
     /// A guest's QEMU ended by itself.
     #[error("QEMU ended with {status}: {stderr}")]
     QemuEnded {

@@ -228,6 +228,9 @@ pub struct Summary {
     pub transport: Option<LanePath>,
     /// Why this transport.
     pub transport_reason: Option<String>,
+    /// Whom the two sides made sure of, and how; null when nobody was reached.
+    #[serde(default)]
+    pub security: Option<Secured>,
     /// The tracker, as `TrackerKind` names it; null when it ended before one was chosen.
     pub tracker: Option<String>,
     /// Why this tracker.
@@ -282,6 +285,22 @@ pub struct Summary {
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub hint: Option<String>,
+}
+
+/// How a migration was secured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Secured {
+    /// The control connection: `tls-1.3` or `plain`.
+    pub control: String,
+    /// TLS's cipher suite.
+    pub cipher_suite: Option<String>,
+    /// Whom the target's certificate names.
+    pub peer: Option<String>,
+    /// The lanes: `clear` or `tls`.
+    pub lanes: String,
+    /// Why it is not secure although it left this host.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub warning: Option<String>,
 }
 
 /// What one lane did.

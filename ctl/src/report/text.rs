@@ -4,7 +4,7 @@ use console::Style;
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
 use pageferry_uring::cpulist;
 
-use super::events::{Latency, MigrationOutcome, RunningOn, Summary};
+use super::events::{Latency, MigrationOutcome, RunningOn, Secured, Summary};
 use super::units;
 
 /// The whole report, with a newline at its end. A failure's reason and hint are not in it: they go
@@ -47,6 +47,9 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
         };
         rows.push(("transport", format!("{path}{}", reason(&summary.transport_reason))));
     }
+    if let Some(secured) = &summary.security {
+        rows.extend(security(secured).into_iter().zip(["security", ""]).map(|(v, n)| (n, v)));
+    }
     if let Some(tracker) = &summary.tracker {
         rows.push(("tracker", format!("{tracker}{}", reason(&summary.tracker_reason))));
     }
@@ -86,6 +89,20 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
         rows.push(("verified", verified.into()));
     }
     rows
+}
+
+fn security(secured: &Secured) -> Vec<String> {
+    let control = match (&secured.peer, &secured.warning) {
+        (Some(peer), _) => format!("TLS 1.3, the target is {peer}"),
+        (None, Some(_)) => "NONE (--insecure): nobody knows who was on the other side".into(),
+        (None, None) => "none: it did not leave this host".into(),
+    };
+    let lanes = match secured.lanes.as_str() {
+        "tls" => Some("guest memory by TLS too"),
+        _ if secured.peer.is_some() => Some("guest memory in the clear, lanes by one-time ticket"),
+        _ => None,
+    };
+    [control].into_iter().chain(lanes.map(String::from)).collect()
 }
 
 fn cores(summary: &Summary) -> String {
@@ -187,6 +204,8 @@ mod tests {
         let golden = "\
 migrated: the guest runs on the target
   transport TCP by io_uring (no RDMA device on either side)
+  security  TLS 1.3, the target is host-b (host-b, 10.0.0.2)
+            guest memory in the clear, lanes by one-time ticket
   tracker   uffd-one-phase (writes to a test mapping were reported)
   lanes     2, on cores 0-1
   zero-copy the kernel copied; switched off

@@ -28,6 +28,8 @@ pub enum Greeting {
     Lane,
     /// A control connection.
     Control,
+    /// A TLS handshake; what is inside says which of the two it is.
+    Tls,
 }
 
 impl Greeting {
@@ -36,6 +38,8 @@ impl Greeting {
         match magic {
             LANE_MAGIC => Some(Self::Lane),
             CONTROL_MAGIC => Some(Self::Control),
+            // A handshake record of any version, as ClientHello comes in one.
+            [22, 3, ..] => Some(Self::Tls),
             _ => None,
         }
     }

@@ -53,10 +53,8 @@ impl<'a> Agent<'a> {
         session: SessionId,
         started: Instant,
     ) -> Result<Self, Failure> {
-        let link = Link::connect(&options.to, CONNECT_WITHIN).map_err(|error| {
-            let hint = "is `pageferry target --listen` running there, and the port open?";
-            failure::host("target", &error, Some(hint.into()))
-        })?;
+        let link = Link::connect(&options.to, &options.caller, CONNECT_WITHIN)
+            .map_err(|error| not_connected(&error))?;
         let records = Records::begin(
             &options.state_dir,
             Record {
@@ -383,6 +381,7 @@ impl<'a> Agent<'a> {
         SourceResult {
             session: self.session,
             outcome: machine.outcome().expect("the loop ends with it").clone(),
+            security: Some(self.link.security().clone()),
             report: machine.report().clone(),
             lanes: self.mover.take_stats(),
             path_reason: self.mover.path_reason().map(str::to_owned),
@@ -392,4 +391,12 @@ impl<'a> Agent<'a> {
             total: self.started.elapsed(),
         }
     }
+}
+
+fn not_connected(error: &LinkError) -> Failure {
+    let hint = match error {
+        LinkError::Tls(error) => error.hint(),
+        _ => Some("is `pageferry target --listen` running there, and the port open?".into()),
+    };
+    failure::host("target", error, hint)
 }

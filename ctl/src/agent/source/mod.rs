@@ -24,12 +24,15 @@ use super::failure;
 use super::lanes::LaneChoice;
 use super::link::LinkError;
 use super::monitor::SourceMonitor;
+use super::tls::{Caller, Security};
 
 /// What a source agent is told.
 #[derive(Clone, Debug)]
 pub struct SourceOptions {
     /// `HOST:PORT` of the target.
     pub to: String,
+    /// Whom to believe that it is the target.
+    pub caller: Caller,
     /// QMP socket at the target, if it was not started with one.
     pub target_qmp: Option<String>,
     /// QMP socket here, for the record.
@@ -75,6 +78,8 @@ pub struct SourceResult {
     pub session: SessionId,
     /// How it ended.
     pub outcome: Outcome,
+    /// Whom the two sides made sure of; `None` if nobody was reached.
+    pub security: Option<Security>,
     /// What the machine learned.
     pub report: SourceReport,
     /// What each lane counted; those that carried on for others come after them.
@@ -97,6 +102,7 @@ impl SourceResult {
         Self {
             session: SessionId(0),
             outcome,
+            security: None,
             report: SourceReport::default(),
             lanes: Vec::new(),
             path_reason: None,

@@ -60,7 +60,7 @@ pub fn serve_one(
     let link = loop {
         select! {
             recv(acceptor.arrivals()) -> arrival => match arrival.ok()? {
-                Arrival::Control(stream) => match Link::over(stream) {
+                Arrival::Control(channel) => match Link::over(channel) {
                     Ok(link) => break link,
                     Err(error) => tell(&failure::chain("a control connection", &error)),
                 },

@@ -184,7 +184,7 @@ impl<'a> Session<'a> {
     fn arrived(&mut self, arrival: Arrival, tell: &mut dyn FnMut(&str)) -> Result<(), Failure> {
         match arrival {
             Arrival::Lane(lane) => self.intake.admit(self.session, lane)?,
-            Arrival::Control(stream) => {
+            Arrival::Control(channel) => {
                 let busy = Message::Abort(Abort {
                     reason: AbortReason::Refused,
                     text: "the target is taking in another guest".into(),
@@ -192,7 +192,7 @@ impl<'a> Session<'a> {
                 });
                 // Whoever it was may be gone again.
                 let _nothing_to_do_about_it =
-                    Link::over(stream).and_then(|link| link.send(&busy).map(|()| link.finish()));
+                    Link::over(channel).and_then(|link| link.send(&busy).map(|()| link.finish()));
             }
             Arrival::Stranger { from, reason } => tell(&format!("{from}: {reason}")),
         }

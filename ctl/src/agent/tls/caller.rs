@@ -1,0 +1,96 @@
+//! The source's side: whom it wants to talk to, and how it makes sure.
+
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pageferry_uring::handshake::{self, HandshakeError};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, Connection};
+
+use super::{ADMITTED, Channel, Security, TlsError};
+use crate::pki::credentials;
+use crate::pki::layout::{End, Layout, default_dir};
+
+/// What the source was told about whom to believe.
+#[derive(Clone, Debug, Default)]
+pub struct Caller {
+    /// Certificates; else the default place, and none are needed on loopback.
+    pub tls_dir: Option<PathBuf>,
+    /// Whom the target's certificate has to name, if not the host of `--to`.
+    pub hostname: Option<String>,
+    /// No TLS at all.
+    pub insecure: bool,
+}
+
+impl Caller {
+    /// Makes a new connection to `address`, as it was given, one that can be trusted as far as was
+    /// asked for.
+    pub fn secure(
+        &self,
+        stream: TcpStream,
+        address: &str,
+        deadline: Instant,
+    ) -> Result<Channel, TlsError> {
+        if self.insecure {
+            return Ok(Channel::plain(stream, Security::Insecure));
+        }
+        let loopback = stream.peer_addr().is_ok_and(|peer| peer.ip().is_loopback());
+        if loopback && self.tls_dir.is_none() {
+            return Ok(Channel::plain(stream, Security::Loopback));
+        }
+        let config = self.config(address)?;
+        let tls =
+            ClientConnection::new(Arc::new(config), self.name(address)?).map_err(|source| {
+                TlsError::Handshake { peer: "target", error: HandshakeError::Tls { source } }
+            })?;
+        let mut tls = Connection::from(tls);
+        let failed = |error| TlsError::Handshake { peer: "target", error };
+        handshake::complete(&stream, &mut tls, deadline).map_err(failed)?;
+        let mut word = [0; ADMITTED.len()];
+        handshake::read_exact(&stream, &mut tls, &mut word, deadline).map_err(failed)?;
+        if word != ADMITTED {
+            let source = rustls::Error::NoApplicationProtocol;
+            return Err(failed(HandshakeError::Tls { source }));
+        }
+        Ok(Channel::tls(stream, tls))
+    }
+
+    /// What this host shows and believes.
+    fn config(&self, address: &str) -> Result<ClientConfig, TlsError> {
+        let dir = self.tls_dir.clone().unwrap_or_else(default_dir);
+        if self.tls_dir.is_none()
+            && let Err(source) = Layout::of(&dir).require(End::Client)
+        {
+            let (address, source) = (address.to_owned(), Box::new(source));
+            return Err(TlsError::NoCertificates { address, dir, source });
+        }
+        Ok(credentials::client(&dir)?)
+    }
+
+    /// Whom the target's certificate has to name.
+    fn name(&self, address: &str) -> Result<ServerName<'static>, TlsError> {
+        let host = self.hostname.as_deref().unwrap_or_else(|| host_of(address));
+        let name = ServerName::try_from(host.to_owned());
+        name.map_err(|_| TlsError::Name { name: host.into() })
+    }
+}
+
+/// The host of `HOST:PORT`, without the brackets of an IPv6 address.
+fn host_of(address: &str) -> &str {
+    let host = address.rsplit_once(':').map_or(address, |(host, _port)| host);
+    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_of_addresses() {
+        assert_eq!(host_of("host-b:4777"), "host-b");
+        assert_eq!(host_of("10.0.0.2:4777"), "10.0.0.2");
+        assert_eq!(host_of("[fd00::2]:4777"), "fd00::2");
+    }
+}
