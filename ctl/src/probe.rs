@@ -95,7 +95,7 @@ impl Facts {
         findings.extend(self.cpu.findings());
         findings.extend(network::findings(&self.nics));
         findings.extend(self.sockets.findings());
-        findings.extend(rdma::findings(self.rdma.as_ref()));
+        findings.extend(rdma::findings(self.rdma.as_ref(), &self.nics));
         findings.extend(self.qemu.findings());
         findings
     }

@@ -3,7 +3,7 @@
 //! The attributes are those of the kernel's `Documentation/ABI/stable/sysfs-class-infiniband`.
 
 use std::fmt;
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -49,6 +49,17 @@ pub enum GidType {
     Unknown,
 }
 
+impl GidType {
+    /// As `gid_attrs/types` and rdma_cm's configfs name it.
+    fn from_name(name: &str) -> Self {
+        match name {
+            "RoCE v2" => Self::RoceV2,
+            "IB/RoCE v1" => Self::IbOrRoceV1,
+            _ => Self::Unknown,
+        }
+    }
+}
+
 /// One entry of a port's GID table; empty entries are left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gid {
@@ -81,9 +92,25 @@ pub struct Port {
     pub netdev: Option<String>,
     /// Its GIDs.
     pub gids: Vec<Gid>,
+    /// Which packets rdma_cm makes on RoCE, where somebody has looked or set it in configfs.
+    #[serde(default)]
+    pub default_roce: Option<GidType>,
+    /// Priorities on which congestion is marked (ECN), where the driver shows it in sysfs.
+    #[serde(default)]
+    pub ecn_priorities: Option<Vec<u32>>,
 }
 
 impl Port {
+    /// The GID that stands for an address: RoCE v2 before v1, as rdma_cm takes them.
+    pub fn gid_of(&self, address: IpAddr) -> Option<&Gid> {
+        let address = match address {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        let of_address = || self.gids.iter().filter(move |gid| gid.gid == address);
+        of_address().find(|gid| gid.kind == GidType::RoceV2).or_else(|| of_address().next())
+    }
+
     /// Ready to carry traffic.
     pub fn is_active(&self) -> bool {
         self.state == "ACTIVE"
@@ -114,9 +141,11 @@ pub struct Device {
 }
 
 impl Device {
-    /// Reads `/sys/class/infiniband/NAME`, given as `class`, and what belongs to it below
-    /// `/sys/class/infiniband_verbs` and `/sys/class/net`, given as `verbs` and `nets`.
-    pub(crate) fn read(class: &Path, verbs: &Path, nets: &Path) -> Self {
+    /// Reads `/sys/class/infiniband/NAME`, given as `class`, and what belongs to it elsewhere below
+    /// `root`.
+    pub(crate) fn read(class: &Path, root: &Path) -> Self {
+        let verbs = &root.join("sys/class/infiniband_verbs");
+        let nets = &root.join("sys/class/net");
         let name = sysfs::name(class);
         let node_type = sysfs::label(class.join("node_type")).unwrap_or_default();
         let hardware = sysfs::link_name(class.join("device/driver"));
@@ -130,6 +159,10 @@ impl Device {
             if port.netdev.is_none() {
                 port.netdev = parent.clone().or_else(|| netdev_by_address(port, nets));
             }
+            let ports = root.join("sys/kernel/config/rdma_cm").join(&name).join("ports");
+            let mode = ports.join(port.number.to_string()).join("default_roce_mode");
+            port.default_roce = sysfs::text(mode).map(|mode| GidType::from_name(&mode));
+            port.ecn_priorities = port.netdev.as_ref().and_then(|net| ecn_priorities(nets, net));
         }
         Self {
             provider: driver.as_deref().map(|driver| provider_of(driver).to_owned()),
@@ -199,6 +232,17 @@ fn netdev_by_address(port: &Port, nets: &Path) -> Option<String> {
     }
 }
 
+/// As mlx5's driver has them, `ecn/roce_np/enable/0..7` (the end that notices congestion) and
+/// `roce_rp` (the end that slows down): those that both have on.
+fn ecn_priorities(nets: &Path, netdev: &str) -> Option<Vec<u32>> {
+    let ecn = nets.join(netdev).join("ecn");
+    let is_on = |end: &str, priority: u32| {
+        sysfs::number(ecn.join(end).join("enable").join(priority.to_string())) == Some(1u8)
+    };
+    let both = |priority: &u32| is_on("roce_np", *priority) && is_on("roce_rp", *priority);
+    ecn.exists().then(|| (0..8).filter(both).collect())
+}
+
 fn read_port(port: &Path, node_type: &str) -> Option<Port> {
     let link_layer = sysfs::text(port.join("link_layer"));
     let transport = match (node_type, link_layer.as_deref()) {
@@ -217,6 +261,8 @@ fn read_port(port: &Path, node_type: &str) -> Option<Port> {
         bits_per_second: sysfs::text(port.join("rate")).as_deref().and_then(bits_per_second),
         netdev: gids.iter().find_map(|gid| gid.netdev.clone()),
         gids,
+        default_roce: None,
+        ecn_priorities: None,
     })
 }
 
@@ -233,11 +279,8 @@ fn read_gids(port: &Path) -> Vec<Gid> {
             if gid.is_unspecified() || gid == LINK_LOCAL_PREFIX {
                 return None;
             }
-            let kind = match sysfs::text(attributes.join("types").join(&entry)).as_deref() {
-                Some("RoCE v2") => GidType::RoceV2,
-                Some("IB/RoCE v1") => GidType::IbOrRoceV1,
-                _ => GidType::Unknown,
-            };
+            let kind = sysfs::text(attributes.join("types").join(&entry));
+            let kind = kind.as_deref().map_or(GidType::Unknown, GidType::from_name);
             let netdev = sysfs::text(attributes.join("ndevs").join(&entry));
             Some(Gid { index, gid, kind, netdev })
         })

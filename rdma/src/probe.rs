@@ -116,14 +116,9 @@ pub fn probe_host() -> RdmaProbe {
 /// Probes the file system below `root`, which tests fill as they like.
 pub fn probe(root: &Path) -> RdmaProbe {
     let class = root.join("sys/class/infiniband");
-    let verbs = root.join("sys/class/infiniband_verbs");
-    let nets = root.join("sys/class/net");
     let mut probe = RdmaProbe {
         libraries: Libraries::find(root),
-        devices: sysfs::entries(&class)
-            .iter()
-            .map(|path| Device::read(path, &verbs, &nets))
-            .collect(),
+        devices: sysfs::entries(&class).iter().map(|path| Device::read(path, root)).collect(),
         has_connection_manager: root.join("dev/infiniband/rdma_cm").exists(),
         why_none: None,
     };

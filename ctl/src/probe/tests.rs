@@ -225,6 +225,63 @@ fn the_first_missing_step_to_rdma_is_named() {
     assert!(report.would_use.transport.reason.contains("rdma_ucm is not loaded"));
 }
 
+/// A RoCE port on `eth2`, with GIDs of these versions for 10.0.0.1.
+fn roce(facts: &mut Facts, versions: &[&str], ecn: Option<&str>) {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    let class = "sys/class/infiniband/mlx5_0";
+    write(root, &format!("{class}/node_type"), "1: CA\n");
+    fs::create_dir_all(root.join("sys/bus/pci/drivers/mlx5_core")).unwrap();
+    fs::create_dir_all(root.join(class).join("device/net/eth2")).unwrap();
+    let driver = root.join("sys/bus/pci/drivers/mlx5_core");
+    std::os::unix::fs::symlink(driver, root.join(class).join("device/driver")).unwrap();
+    let port = format!("{class}/ports/1");
+    write(root, &format!("{port}/state"), "4: ACTIVE\n");
+    write(root, &format!("{port}/link_layer"), "Ethernet\n");
+    for (index, version) in versions.iter().enumerate() {
+        let gid = "0000:0000:0000:0000:0000:ffff:0a00:0001\n";
+        write(root, &format!("{port}/gids/{index}"), gid);
+        write(root, &format!("{port}/gid_attrs/types/{index}"), version);
+        write(root, &format!("{port}/gid_attrs/ndevs/{index}"), "eth2\n");
+    }
+    for (end, on) in ["roce_np", "roce_rp"].into_iter().zip(ecn.into_iter().cycle()) {
+        write(root, &format!("sys/class/net/eth2/ecn/{end}/enable/3"), on);
+    }
+    facts.rdma = Some(pageferry_rdma::probe(root));
+}
+
+#[test]
+fn a_roce_port_is_judged_by_what_its_packets_will_be() {
+    let mut facts = complete();
+    roce(&mut facts, &["IB/RoCE v1\n", "RoCE v2\n"], Some("1\n"));
+    let report = Report::of(facts.clone());
+    let of = |name: &str| finding(&report, &format!("rdma.mlx5_0.1.{name}")).clone();
+    assert_eq!(of("gid").value, "10.0.0.1: RoCE v2 at 1");
+    assert_eq!(of("mtu").value, "4096 bytes a packet (MTU 9000)");
+    assert_eq!(of("congestion").value, "ECN for priority 3");
+    assert!(["gid", "mtu", "congestion"].iter().all(|name| of(name).state == State::Ok));
+
+    roce(&mut facts, &["IB/RoCE v1\n"], Some("0\n"));
+    facts.nics[0].mtu_bytes = Some(1500);
+    let report = Report::of(facts.clone());
+    for (name, fix) in [
+        ("gid", "cma_roce_mode -d mlx5_0 -p 1 -m 2"),
+        ("mtu", "ip link set dev eth2 mtu 9000"),
+        ("congestion", "/sys/class/net/eth2/ecn/roce_$e/enable/3"),
+    ] {
+        let finding = finding(&report, &format!("rdma.mlx5_0.1.{name}"));
+        assert_eq!(finding.state, State::Warn, "{finding:?}");
+        assert!(finding.fix.as_deref().is_some_and(|it| it.contains(fix)), "{finding:?}");
+    }
+    assert_eq!(finding(&report, "rdma.mlx5_0.1.mtu").value, "1024 bytes a packet (MTU 1500)");
+
+    roce(&mut facts, &[], None);
+    let report = Report::of(facts);
+    assert_eq!(finding(&report, "rdma.mlx5_0.1.gid").value, "10.0.0.1: none");
+    let congestion = finding(&report, "rdma.mlx5_0.1.congestion");
+    assert!(congestion.fix.as_deref().is_some_and(|fix| fix.contains("dcb pfc")));
+}
+
 #[test]
 fn the_text_is_one_table_in_groups_with_why_and_fix_under_what_is_amiss() {
     let report = Report { software: "pageferry 0".into(), host: "vm".into(), ..Report::of(bare()) };

@@ -89,8 +89,37 @@ fn a_roce_card_with_everything_is_usable_and_fully_read() {
     assert_eq!(gids, [(0, GidType::IbOrRoceV1), (3, GidType::RoceV2)], "empty entries left out");
     assert_eq!(port.gids[1].gid.to_ipv4_mapped(), Some([10, 0, 0, 1].into()));
 
+    assert_eq!((port.default_roce, &port.ecn_priorities), (None, &None));
+
     let json = serde_json::to_string(&probe).unwrap();
     assert_eq!(serde_json::from_str::<RdmaProbe>(&json).unwrap(), probe);
+}
+
+#[test]
+fn an_address_has_the_gid_that_rdma_cm_takes_for_it() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    device(root, "mlx5_0", "1: CA\n", "Ethernet\n", "4: ACTIVE\n");
+    let mapped = "0000:0000:0000:0000:0000:ffff:0a00:0001\n";
+    gid(root, "mlx5_0", 2, mapped, "IB/RoCE v1\n", "eth2\n");
+    gid(root, "mlx5_0", 3, mapped, "RoCE v2\n", "eth2\n");
+    gid(root, "mlx5_0", 4, "fd00:0000:0000:0000:0000:0000:0000:0001\n", "IB/RoCE v1\n", "eth2\n");
+    let mode = "sys/kernel/config/rdma_cm/mlx5_0/ports/1/default_roce_mode";
+    write(root, mode, "IB/RoCE v1\n");
+    for priority in 0..8 {
+        for end in ["roce_np", "roce_rp"] {
+            let on = if priority == 3 || priority == 5 && end == "roce_np" { "1\n" } else { "0\n" };
+            write(root, &format!("sys/class/net/eth2/ecn/{end}/enable/{priority}"), on);
+        }
+    }
+    let probe = probe(root);
+    let port = &probe.devices[0].ports[0];
+    let index = |address: &str| port.gid_of(address.parse().unwrap()).map(|gid| gid.index);
+    assert_eq!(index("10.0.0.1"), Some(3), "v2 before v1");
+    assert_eq!(index("fd00::1"), Some(4));
+    assert_eq!(index("10.0.0.2"), None);
+    assert_eq!(port.default_roce, Some(GidType::IbOrRoceV1));
+    assert_eq!(port.ecn_priorities, Some(vec![3]), "both ends have to take part");
 }
 
 #[test]
