@@ -117,25 +117,41 @@ fn refused_at_once(error: RdmaError) -> RdmaError {
 }
 
 /// Writes a page to the peer, reads it back, and compares.
+///
+/// One READ would do. But soft-iWARP now and then overlooks what arrives while it is still setting
+/// a connection up, until something else arrives; so where no answer comes, it is asked for again.
 fn try_scratch(line: &mut Line, scratch: RemoteAddr, deadline: Instant) -> Result<(), RdmaError> {
     let pattern: Vec<u8> = (0..MESSAGE_BYTES).map(|at| (at % 251) as u8 ^ 0x5a).collect();
     let from = Arc::clone(line.mailbox.scratch_region());
     from.lease().copy_in(0, &pattern).map_err(RdmaError::OutsideMemory)?;
-    line.qp.post_writes(&[Write { from, offset: 0, len: MESSAGE_BYTES as u32, to: scratch }])?;
-    let read = line.qp.post_read(line.mailbox.sink(), scratch)?;
-    let left = deadline.saturating_duration_since(Instant::now());
-    line.until(left, |line| {
-        while let Some(entry) = line.next_done() {
-            if entry == read {
-                return true;
+    let write = Write { from, offset: 0, len: MESSAGE_BYTES as u32, to: scratch };
+    let written = line.qp.post_writes(&[write])?;
+    let since = Instant::now();
+    for asked in 1..=limits::READS_MAX {
+        // A send queue may be too short for all of them.
+        if line.qp.free() > 0 {
+            line.qp.post_read(line.mailbox.sink(), scratch)?;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let wait = if asked < limits::READS_MAX { left.min(limits::SCRATCH_WAIT) } else { left };
+        let until = Instant::now() + wait;
+        loop {
+            while let Some(entry) = line.next_done() {
+                if entry > written {
+                    return match line.mailbox.sink_bytes()?[..] == pattern[..] {
+                        true => Ok(()),
+                        false => Err(RdmaError::Probe),
+                    };
+                }
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || !line.wait(left)? {
+                break;
             }
         }
-        false
-    })?;
-    match line.mailbox.sink_bytes()?[..] == pattern[..] {
-        true => Ok(()),
-        false => Err(RdmaError::Probe),
+        tracing::debug!(asked, "a scratch page is not there yet");
     }
+    Err(RdmaError::Stalled { waited_ms: since.elapsed().as_millis() as u64 })
 }
 
 /// A lane that has asked to be taken, and waits for the answer.

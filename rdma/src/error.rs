@@ -153,6 +153,27 @@ impl CmEventKind {
     }
 }
 
+/// Why a device ended a queue pair by itself, as its asynchronous event says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueuePairEvent {
+    /// `IBV_EVENT_QP_FATAL`.
+    Fatal,
+    /// `IBV_EVENT_QP_REQ_ERR`: the peer asked for what can't be.
+    Request,
+    /// `IBV_EVENT_QP_ACCESS_ERR`: the peer reached for memory that it has no key for.
+    Access,
+}
+
+impl fmt::Display for QueuePairEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fatal => "it can't go on",
+            Self::Request => "the peer's request was invalid",
+            Self::Access => "the peer reached for memory that it has no key for",
+        })
+    }
+}
+
 /// Why something over RDMA failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RdmaError {
@@ -222,6 +243,35 @@ pub enum RdmaError {
     /// The peer closed the connection, or died.
     #[error("the peer closed the RDMA connection")]
     PeerClosed,
+    /// A port of the device went down, and what was under way did not get through.
+    #[error("port {port} of RDMA device {device} went down")]
+    PortDown {
+        /// The device.
+        device: String,
+        /// Its port.
+        port: u32,
+    },
+    /// The device does not work any more.
+    #[error("RDMA device {device} reports a fatal error")]
+    DeviceFatal {
+        /// The device.
+        device: String,
+    },
+    /// The device ended the queue pair.
+    #[error("the device ended the queue pair: {reason}")]
+    QueuePair {
+        /// What it said.
+        reason: QueuePairEvent,
+    },
+    /// The target can't register the memory that was to be written.
+    #[error("the target can't register slice {slice} of guest memory")]
+    KeyRefused {
+        /// Which slice.
+        slice: u32,
+        /// Its errno.
+        #[source]
+        source: io::Error,
+    },
     /// The device is being taken away.
     #[error("the RDMA device was removed")]
     DeviceRemoved,
@@ -299,6 +349,30 @@ impl RdmaError {
             Self::Completion { status: Status::RemoteAccess, .. } => {
                 "look at the target agent's output: its memory is not registered any more".into()
             }
+            Self::Completion { status: Status::ReceiverNotReady, .. } => {
+                "the target agent does not answer: is its host out of CPU or memory?".into()
+            }
+            Self::Completion { status: Status::Fatal, .. } | Self::DeviceFatal { .. } => {
+                "look at dmesg; the device may need a reset (devlink dev reload)".into()
+            }
+            Self::QueuePair { .. } | Self::Completion { .. } => "look at dmesg, and at the other agent's output".into(),
+            Self::PortDown { device, .. } => {
+                format!("rdma link show {device}; look at the cable, the switch, `ip link`")
+            }
+            Self::DeviceRemoved => {
+                "`rdma link` lists the devices left; was a driver unloaded or reloaded?".into()
+            }
+            Self::AddressChanged => {
+                "the address moved to another interface (a bond's failover?): start again".into()
+            }
+            Self::Event { .. } | Self::Probe => {
+                "leave RDMA out with --transport tcp; dmesg and `rdma link` on both hosts tell more"
+                    .into()
+            }
+            Self::KeyRefused { source, .. } if source.raw_os_error() == Some(libc::ENOMEM) => {
+                "at the target: raise RLIMIT_MEMLOCK (LimitMEMLOCK=infinity in the unit)".into()
+            }
+            Self::KeyRefused { .. } => "look at the target agent's output".into(),
             Self::Register { source, .. } if source.raw_os_error() == Some(libc::ENOMEM) => {
                 "raise RLIMIT_MEMLOCK, or use --pin touched".into()
             }

@@ -27,6 +27,8 @@ mod connection;
 #[cfg(feature = "rdma")]
 pub mod error;
 #[cfg(feature = "rdma")]
+mod events_sys;
+#[cfg(feature = "rdma")]
 pub mod guest;
 #[cfg(feature = "rdma")]
 pub mod limits;
@@ -38,6 +40,8 @@ mod mailbox;
 mod memlock;
 #[cfg(feature = "rdma")]
 mod message;
+#[cfg(all(test, feature = "rdma"))]
+mod on_devices;
 #[cfg(feature = "rdma")]
 pub mod plan;
 #[cfg(feature = "rdma")]

@@ -65,12 +65,26 @@ pub(crate) const BACKLOG: i32 = 256;
 /// Resolving, connecting and probing one lane.
 pub const CONNECT_WAIT_MAX: Duration = Duration::from_secs(8);
 
+/// How long a scratch page's READ may take before another is posted.
+pub(crate) const SCRATCH_WAIT: Duration = Duration::from_millis(500);
+
+/// How long after a connection was closed a device's event may tell why: soft-iWARP ends its
+/// connections a moment before it says that the port went down.
+pub(crate) const EXPLAIN_WAIT: Duration = Duration::from_millis(50);
+
 /// A lane without progress for this long has failed.
 pub const PROGRESS_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// How long the target's registration of one slice may take: a source that waits for its key sees
 /// no other progress meanwhile.
 pub const REGISTER_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// Zero pages named in one message: clearing them at the target shows no other sign of life, and
+/// memory touched for the first time takes up to 2.5 s a GiB.
+pub(crate) const ZERO_BYTES_MAX: u64 = 256 << 20;
+
+/// Events of a device kept to explain failures: a port that flaps tells two each time.
+pub(crate) const EVENTS_MAX: usize = 64;
 
 /// How long an orderly close waits for the peer to hang up.
 pub(crate) const CLOSE_WAIT_MAX: Duration = Duration::from_secs(2);

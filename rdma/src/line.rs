@@ -12,6 +12,7 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -19,6 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::cm_sys::CmEvent;
 use crate::error::{CmEventKind, RdmaError, Status};
+use crate::limits::EXPLAIN_WAIT;
 use crate::mailbox::Mailbox;
 use crate::message::Message;
 use crate::qp_sys::{Completion, QueuePair};
@@ -86,11 +88,17 @@ impl Line {
         mut is_so: impl FnMut(&mut Self) -> bool,
     ) -> Result<(), RdmaError> {
         while !is_so(self) {
-            if !self.wait(progress_wait)? {
-                return Err(RdmaError::Stalled { waited_ms: progress_wait.as_millis() as u64 });
-            }
+            self.progress(progress_wait)?;
         }
         Ok(())
+    }
+
+    /// Waits for something to arrive; nothing for this long is an error.
+    pub(crate) fn progress(&mut self, limit: Duration) -> Result<(), RdmaError> {
+        match self.wait(limit)? {
+            true => Ok(()),
+            false => Err(self.cause(RdmaError::Stalled { waited_ms: limit.as_millis() as u64 })),
+        }
     }
 
     /// Waits for something to arrive, for at most this long; whether something did.
@@ -162,7 +170,9 @@ impl Line {
                 // What had arrived before it counts: a close, an acknowledgement.
                 return match self.collect() {
                     Ok(true) if !self.messages.is_empty() => Ok(()),
-                    _ => Err(error),
+                    // A request that ended badly by itself says more than that the peer is gone.
+                    Err(cause @ RdmaError::Completion { .. }) => Err(cause),
+                    _ => Err(self.cause(error)),
                 };
             }
         }
@@ -192,11 +202,40 @@ impl Line {
         Ok(any)
     }
 
-    /// What was flushed says nothing of why: the connection's events may.
+    /// What was flushed says nothing of why, nor does silence: the connection's events may, or the
+    /// device's.
     fn cause(&mut self, error: RdmaError) -> RdmaError {
-        if !matches!(error, RdmaError::Completion { status: Status::Flushed, .. }) {
+        let error = match error {
+            RdmaError::Completion { status: Status::Flushed, .. } => self.ended_by(),
+            error => error,
+        };
+        let is_symptom = matches!(
+            error,
+            RdmaError::PeerClosed
+                | RdmaError::Stalled { .. }
+                | RdmaError::Completion {
+                    // Soft-RoCE's word for a packet that no route takes is the last of these.
+                    status: Status::RetryExceeded
+                        | Status::ResponseTimeout
+                        | Status::Fatal
+                        | Status::LocalOperation,
+                    ..
+                }
+        );
+        if !is_symptom {
             return error;
         }
+        let since = Instant::now();
+        loop {
+            match self.qp.explain() {
+                Some(cause) => return cause,
+                None if since.elapsed() >= EXPLAIN_WAIT => return error,
+                None => thread::sleep(EXPLAIN_WAIT / 10),
+            }
+        }
+    }
+
+    fn ended_by(&self) -> RdmaError {
         while let Ok(Some(event)) = self.qp.connection_event() {
             if let Some(cause) = ending(&event) {
                 return cause;
@@ -213,6 +252,11 @@ fn ending(event: &CmEvent) -> Option<RdmaError> {
         CmEventKind::Disconnected => Some(RdmaError::PeerClosed),
         CmEventKind::DeviceRemoval => Some(RdmaError::DeviceRemoved),
         CmEventKind::AddressChange => Some(RdmaError::AddressChanged),
+        // The target let go of the lane before it was established there.
+        CmEventKind::Rejected => Some(RdmaError::Rejected { status: event.status }),
+        CmEventKind::ConnectError | CmEventKind::Unreachable => {
+            Some(RdmaError::Unreachable { status: event.status })
+        }
         kind => Some(RdmaError::Event { event: kind, status: event.status }),
     }
 }

@@ -4,7 +4,9 @@
 //! connecting  source: LaneRequest (who, with which ticket)      in the private data of the request
 //!             target: LaneAccept (slices, scratch page), or a refusal          in that of the answer
 //! then        source: WRITE and READ of the scratch page: does it work at all?
-//!             source: Want slice ----------->  target: Keys of it and of others that are ready
+//!             source: Want slice ----------->  target: Keys of it and of others that are ready,
+//!                                              or NoKey and why
+//!             source: Zeros (runs) --------->  target: Zeroed, once they read as zeros
 //!             source: WRITE ... WRITE, Barrier ->  target: Placed
 //!             source: Close
 //! ```
@@ -14,9 +16,11 @@
 //! what comes. Tickets are shown before a queue pair exists; keys are given out only after that.
 
 use pageferry_datapath::control::Ticket;
+use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::FramingError;
 use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
-use pageferry_datapath::ids::{LaneId, RoundIndex, SessionId};
+use pageferry_datapath::ids::{LaneId, RegionIndex, RoundIndex, SessionId};
+use pageferry_datapath::limits::PAGE_BYTES_MIN;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::limits::MESSAGE_BYTES;
@@ -40,6 +44,9 @@ const CHECKSUM_AT: usize = 16;
 const KEY_BYTES: usize = 16;
 /// Keys in one message.
 pub(crate) const KEYS_MAX: usize = (MESSAGE_BYTES - HEADER_BYTES) / KEY_BYTES;
+const RUN_BYTES: usize = 16;
+/// Runs of zero pages in one message.
+pub(crate) const RUNS_MAX: usize = (MESSAGE_BYTES - HEADER_BYTES) / RUN_BYTES;
 
 /// `"PFRL" | version u8 | 0 u8 | lane u16 | session u128 | ticket 32 bytes`.
 pub(crate) fn encode_request(hello: &Hello) -> [u8; REQUEST_BYTES] {
@@ -135,6 +142,13 @@ pub(crate) enum Message {
     Keys(Vec<SliceKey>),
     /// Target: every byte before that barrier is placed.
     Placed { round: RoundIndex, seq: u32 },
+    /// Source: these pages are zero; they are not written. Whole pages of 4 KiB, fewer than 2^32
+    /// in a run, at least one run.
+    Zeros(Vec<Extent>),
+    /// Target: they read as zeros.
+    Zeroed,
+    /// Target: that slice can't be registered; the errno tells why.
+    NoKey { slice: u32, errno: i32 },
 }
 
 impl Message {
@@ -145,33 +159,42 @@ impl Message {
             Self::Close => 3,
             Self::Keys(_) => 4,
             Self::Placed { .. } => 5,
+            Self::Zeros(_) => 6,
+            Self::Zeroed => 7,
+            Self::NoKey { .. } => 8,
         }
     }
 
-    /// `"PR" | version u8 | kind u8 | first u32 | second u32 | count u32 | checksum u32`, and for
-    /// keys `slice u32 | rkey u32 | addr u64` each.
+    /// `"PR" | version u8 | kind u8 | first u32 | second u32 | count u32 | checksum u32`, and of
+    /// keys `slice u32 | rkey u32 | addr u64` each, of zero runs
+    /// `region u16 | 0 u16 | pages u32 | first page u64` each.
     ///
     /// # Panics
-    /// With more keys than [`KEYS_MAX`].
+    /// With more keys than [`KEYS_MAX`] or runs than [`RUNS_MAX`].
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let (first, second, keys): (u32, u32, &[SliceKey]) = match self {
-            Self::Want { slice } => (*slice, 0, &[]),
-            Self::Barrier { round, seq } | Self::Placed { round, seq } => (round.0, *seq, &[]),
-            Self::Close => (0, 0, &[]),
-            Self::Keys(keys) => (0, 0, keys),
+        let (first, second) = match self {
+            Self::Want { slice } => (*slice, 0),
+            Self::Barrier { round, seq } | Self::Placed { round, seq } => (round.0, *seq),
+            Self::NoKey { slice, errno } => (*slice, errno.cast_unsigned()),
+            Self::Close | Self::Keys(_) | Self::Zeros(_) | Self::Zeroed => (0, 0),
         };
-        assert!(keys.len() <= KEYS_MAX);
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + keys.len() * KEY_BYTES);
+        let count = match self {
+            Self::Keys(keys) => keys.len(),
+            Self::Zeros(runs) => runs.len(),
+            _ => 0,
+        };
+        assert!(count <= KEYS_MAX.min(RUNS_MAX));
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + count * KEY_BYTES);
         bytes.extend(MESSAGE_MAGIC);
         bytes.extend([VERSION, self.kind()]);
         bytes.extend(first.to_le_bytes());
         bytes.extend(second.to_le_bytes());
-        bytes.extend((keys.len() as u32).to_le_bytes());
+        bytes.extend((count as u32).to_le_bytes());
         bytes.extend([0; 4]);
-        for key in keys {
-            bytes.extend(key.slice.to_le_bytes());
-            bytes.extend(key.at.rkey.to_le_bytes());
-            bytes.extend(key.at.addr.to_le_bytes());
+        match self {
+            Self::Keys(keys) => keys.iter().for_each(|key| bytes.extend(key_bytes(key))),
+            Self::Zeros(runs) => runs.iter().for_each(|run| bytes.extend(run_bytes(run))),
+            _ => {}
         }
         let checksum = xxh3_64(&bytes) as u32;
         bytes[CHECKSUM_AT..HEADER_BYTES].copy_from_slice(&checksum.to_le_bytes());
@@ -189,15 +212,16 @@ impl Message {
             return Err(FramingError::Checksum);
         }
         let (kind, first, second) = (bytes[3], u32_at(bytes, 4), u32_at(bytes, 8));
-        let (count, keys) = (u32_at(bytes, 12) as usize, &bytes[HEADER_BYTES..]);
-        let has_keys = kind == 4;
-        if keys.len() != count.saturating_mul(KEY_BYTES) || has_keys != (count > 0) {
+        let (count, items) = (u32_at(bytes, 12) as usize, &bytes[HEADER_BYTES..]);
+        let has_items = matches!(kind, 4 | 6);
+        const { assert!(KEY_BYTES == RUN_BYTES) };
+        if items.len() != count.saturating_mul(KEY_BYTES) || has_items != (count > 0) {
             return Err(FramingError::Count { count: count.min(u16::MAX.into()) as u16 });
         }
         let (round, seq) = (RoundIndex(first), second);
         let unused_is_zero = match kind {
             1 => second == 0,
-            3 | 4 => first == 0 && second == 0,
+            3 | 4 | 6 | 7 => first == 0 && second == 0,
             _ => true,
         };
         if !unused_is_zero {
@@ -207,8 +231,11 @@ impl Message {
             1 => Self::Want { slice: first },
             2 => Self::Barrier { round, seq },
             3 => Self::Close,
-            4 => Self::Keys(keys.chunks_exact(KEY_BYTES).map(key).collect()),
+            4 => Self::Keys(items.chunks_exact(KEY_BYTES).map(key).collect()),
             5 => Self::Placed { round, seq },
+            6 => Self::Zeros(items.chunks_exact(RUN_BYTES).map(run).collect::<Result<_, _>>()?),
+            7 => Self::Zeroed,
+            8 => Self::NoKey { slice: first, errno: second.cast_signed() },
             other => return Err(FramingError::Kind { kind: other.into() }),
         })
     }
@@ -217,6 +244,37 @@ impl Message {
 fn key(bytes: &[u8]) -> SliceKey {
     let at = RemoteAddr { addr: u64_at(bytes, 8), rkey: u32_at(bytes, 4) };
     SliceKey { slice: u32_at(bytes, 0), at }
+}
+
+fn key_bytes(key: &SliceKey) -> [u8; KEY_BYTES] {
+    let mut bytes = [0; KEY_BYTES];
+    bytes[0..4].copy_from_slice(&key.slice.to_le_bytes());
+    bytes[4..8].copy_from_slice(&key.at.rkey.to_le_bytes());
+    bytes[8..16].copy_from_slice(&key.at.addr.to_le_bytes());
+    bytes
+}
+
+fn run_bytes(run: &Extent) -> [u8; RUN_BYTES] {
+    let pages = u32::try_from(run.len / PAGE_BYTES_MIN).expect("runs are cut before");
+    let mut bytes = [0; RUN_BYTES];
+    bytes[0..2].copy_from_slice(&run.region.0.to_le_bytes());
+    bytes[4..8].copy_from_slice(&pages.to_le_bytes());
+    bytes[8..16].copy_from_slice(&(run.offset / PAGE_BYTES_MIN).to_le_bytes());
+    bytes
+}
+
+/// Whether it lies in guest memory is for whoever has that to check.
+fn run(bytes: &[u8]) -> Result<Extent, FramingError> {
+    let (pages, first) = (u64::from(u32_at(bytes, 4)), u64_at(bytes, 8));
+    let offset = first.checked_mul(PAGE_BYTES_MIN).ok_or(FramingError::Reserved)?;
+    match (u16_at(bytes, 2), pages) {
+        (0, 1..) => Ok(Extent {
+            region: RegionIndex(u16_at(bytes, 0)),
+            offset,
+            len: pages * PAGE_BYTES_MIN,
+        }),
+        _ => Err(FramingError::Reserved),
+    }
 }
 
 fn check_version(version: u8) -> Result<(), FramingError> {
@@ -247,12 +305,19 @@ mod tests {
     fn messages() -> impl Strategy<Value = Message> {
         let key = (any::<u32>(), any::<u64>(), any::<u32>())
             .prop_map(|(slice, addr, rkey)| SliceKey { slice, at: RemoteAddr { addr, rkey } });
+        let run = (any::<u16>(), 0..1u64 << 50, 1..=u32::MAX).prop_map(|(region, first, pages)| {
+            let (offset, len) = (first * PAGE_BYTES_MIN, u64::from(pages) * PAGE_BYTES_MIN);
+            Extent { region: RegionIndex(region), offset, len }
+        });
         prop_oneof![
             any::<u32>().prop_map(|slice| Message::Want { slice }),
             any::<(u32, u32)>().prop_map(|(r, seq)| Message::Barrier { round: RoundIndex(r), seq }),
             Just(Message::Close),
             prop::collection::vec(key, 1..=KEYS_MAX).prop_map(Message::Keys),
             any::<(u32, u32)>().prop_map(|(r, seq)| Message::Placed { round: RoundIndex(r), seq }),
+            prop::collection::vec(run, 1..=RUNS_MAX).prop_map(Message::Zeros),
+            Just(Message::Zeroed),
+            any::<(u32, i32)>().prop_map(|(slice, errno)| Message::NoKey { slice, errno }),
         ]
     }
 
@@ -295,6 +360,10 @@ mod tests {
         assert_eq!(LaneAccept::decode(&[&bytes[..], &[0; 164]].concat()), Ok(accept));
         let barrier = Message::Barrier { round: RoundIndex(2), seq: 5 }.encode();
         assert_eq!(&barrier[..16], b"PR\x01\x02\x02\0\0\0\x05\0\0\0\0\0\0\0");
+        let zeros = Extent { region: RegionIndex(1), offset: 3 * 4096, len: 2 * 4096 };
+        let bytes = Message::Zeros(vec![zeros]).encode();
+        assert_eq!(&bytes[..16], b"PR\x01\x06\0\0\0\0\0\0\0\0\x01\0\0\0");
+        assert_eq!(&bytes[20..], b"\x01\0\0\0\x02\0\0\0\x03\0\0\0\0\0\0\0");
         let refused = Reply::Refused(Refusal::Ticket).encode();
         assert_eq!(refusal_in(&refused), Some(Refusal::Ticket));
         assert_eq!(refusal_in(&[0; 148]), None);

@@ -94,7 +94,9 @@ pub(crate) struct QueuePair {
     ranges: Vec<ibv_sge>,
     /// Receives use it for as long as the queue pair lives.
     _receives_into: Option<Arc<MemoryRegion>>,
-    _domain: Arc<ProtectionDomain>,
+    /// Of the device's events, the first that may be about this.
+    events_from: u64,
+    domain: Arc<ProtectionDomain>,
 }
 
 // SAFETY:
@@ -118,6 +120,7 @@ impl QueuePair {
             .min(device.send_depth_max)
             .min(device.completions_max.saturating_sub(receives))
             .max(2);
+        let events_from = domain.context().mark_events();
         let mut depth = depth;
         // What a device says of its limits holds for each alone, not for all together, and what it
         // has left it does not say: halved until it has room.
@@ -143,7 +146,8 @@ impl QueuePair {
             requests: Vec::new(),
             ranges: Vec::new(),
             _receives_into: None,
-            _domain: Arc::clone(domain),
+            events_from,
+            domain: Arc::clone(domain),
         })
     }
 
@@ -324,6 +328,11 @@ impl QueuePair {
     /// The next event of the connection, without waiting.
     pub(crate) fn connection_event(&self) -> Result<Option<CmEvent>, RdmaError> {
         self.id.event()
+    }
+
+    /// What the device's own events say of why this failed, if anything.
+    pub(crate) fn explain(&self) -> Option<RdmaError> {
+        self.domain.context().explain(self.raw, self.events_from)
     }
 
     /// Asks the peer.

@@ -74,6 +74,10 @@ impl RegisteredMemory {
         Self { shared: Arc::new(shared), threads: Mutex::default(), pin }
     }
 
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.shared.memory
+    }
+
     pub(crate) fn slices(&self) -> &Slices {
         &self.shared.slices
     }

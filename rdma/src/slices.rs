@@ -157,6 +157,17 @@ mod tests {
     }
 
     #[test]
+    fn no_slice_is_larger_than_a_device_registers_at_once() {
+        let memory = memory(&[40 << 20]);
+        for (most, count) in [(8 << 20, 5), (9 << 20, 5), (16 << 20, 3), (0, 3), (u64::MAX, 3)] {
+            let slices = Slices::choose(&memory, Pin::Touched, most);
+            assert_eq!(slices.count(), count, "{most}");
+            let longest = (0..count).map(|slice| slices.extent(slice).len).max();
+            assert!(most == 0 || longest <= Some(most), "{most}");
+        }
+    }
+
+    #[test]
     fn a_peers_slices_are_not_believed() {
         let memory = memory(&[8 << 20]);
         for bad in [0, 4096, 3 << 20, u64::MAX] {

@@ -14,6 +14,7 @@ use crate::limits::LATENCY_NS_MAX;
 #[derive(Debug)]
 pub(crate) struct Tally {
     pub(crate) moved_bytes: u64,
+    pub(crate) zero_bytes: u64,
     pub(crate) wire_bytes: u64,
     pub(crate) batch_ns: Histogram<u64>,
     pub(crate) barrier_ns: Histogram<u64>,
@@ -21,7 +22,13 @@ pub(crate) struct Tally {
 
 impl Tally {
     pub(crate) fn new() -> Self {
-        Self { moved_bytes: 0, wire_bytes: 0, batch_ns: histogram(), barrier_ns: histogram() }
+        Self {
+            moved_bytes: 0,
+            zero_bytes: 0,
+            wire_bytes: 0,
+            batch_ns: histogram(),
+            barrier_ns: histogram(),
+        }
     }
 
     /// The end result. Called on the worker's thread: its CPU time is read here.
@@ -34,7 +41,7 @@ impl Tally {
             zero_copy_reason: "the device reads guest memory".into(),
             cpu,
             moved_bytes: self.moved_bytes,
-            zero_bytes: 0,
+            zero_bytes: self.zero_bytes,
             wire_bytes: self.wire_bytes,
             syscalls,
             cpu_ns: cpu_time.map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64),

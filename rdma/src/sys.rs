@@ -1,4 +1,5 @@
-//! libibverbs, as much of it as lanes need. Unsafe code lives here and in [`cm_sys`](crate::cm_sys).
+//! libibverbs, as much of it as lanes need. Unsafe code lives here, in [`qp_sys`](crate::qp_sys),
+//! [`cm_sys`](crate::cm_sys) and [`events_sys`](crate::events_sys).
 //!
 //! Everything holds its parent by `Arc`, so nothing is closed under what was made from it:
 //!
@@ -24,11 +25,12 @@ use rdma_sys::{
     ibv_access_flags, ibv_ack_cq_events, ibv_alloc_pd, ibv_comp_channel, ibv_context, ibv_cq,
     ibv_create_comp_channel, ibv_create_cq, ibv_dealloc_pd, ibv_dereg_mr, ibv_destroy_comp_channel,
     ibv_destroy_cq, ibv_device_attr, ibv_get_cq_event, ibv_get_device_name, ibv_mr, ibv_pd,
-    ibv_poll_cq, ibv_query_device, ibv_reg_mr, ibv_req_notify_cq, ibv_transport_type, ibv_wc,
-    rdma_free_devices, rdma_get_devices,
+    ibv_poll_cq, ibv_qp, ibv_query_device, ibv_reg_mr, ibv_req_notify_cq, ibv_transport_type,
+    ibv_wc, rdma_free_devices, rdma_get_devices,
 };
 
 use crate::error::RdmaError;
+use crate::events_sys::DeviceEvents;
 
 // The declarations with unions are written by hand in rdma-sys: check them against the C headers.
 const _: () = {
@@ -106,6 +108,7 @@ pub(crate) struct DeviceLimits {
 pub(crate) struct Context {
     raw: NonNull<ibv_context>,
     limits: DeviceLimits,
+    events: DeviceEvents,
     _devices: Arc<Devices>,
 }
 
@@ -141,7 +144,21 @@ impl Context {
             reads_started_max: attr.max_qp_init_rd_atom.clamp(0, 255) as u8,
             completion_vectors: completion_vectors.max(1),
         };
-        Ok(Arc::new(Self { raw, limits, _devices: devices }))
+        // SAFETY: the context is open.
+        let events = unsafe { DeviceEvents::prepare(raw) }?;
+        Ok(Arc::new(Self { raw, limits, events, _devices: devices }))
+    }
+
+    /// The number of the device's next event.
+    pub(crate) fn mark_events(&self) -> u64 {
+        // SAFETY: the context is open while this is.
+        unsafe { self.events.mark(self.raw) }
+    }
+
+    /// What the device's events since `mark` say of why this queue pair failed.
+    pub(crate) fn explain(&self, qp: *mut ibv_qp, mark: u64) -> Option<RdmaError> {
+        // SAFETY: as above; the queue pair's address is only compared.
+        unsafe { self.events.explain(self.raw, &self.limits.name, qp, mark) }
     }
 
     pub(crate) fn limits(&self) -> &DeviceLimits {

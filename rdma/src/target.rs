@@ -2,7 +2,7 @@
 //!
 //! A [`TargetLane`] is owned by the target's driver; its worker owns the connection. The caller has
 //! judged the ticket before. The source's device writes to guest memory by itself; the worker gives
-//! out keys and acknowledges barriers, and may sleep otherwise.
+//! out keys, clears what the source names as zero and acknowledges barriers, and may sleep otherwise.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,15 +10,17 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::FramingError;
 use pageferry_datapath::ids::LaneId;
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
+use pageferry_datapath::zero;
 
 pub use crate::connection::ArrivingLane;
 use crate::connection::{Dialled, ListeningId};
 use crate::error::RdmaError;
 use crate::guest::RdmaMemory;
-use crate::limits::{PROGRESS_WAIT_MAX, TICK};
+use crate::limits::{CLOSE_WAIT_MAX, PROGRESS_WAIT_MAX, TICK};
 use crate::line::Line;
 use crate::message::Message;
 use crate::plan::TargetLaneConfig;
@@ -185,6 +187,7 @@ impl Server<'_> {
             while let Some(message) = self.line.message() {
                 match message {
                     Message::Want { slice } => self.give_keys(slice)?,
+                    Message::Zeros(zeros) => self.clear(&zeros)?,
                     Message::Barrier { round, seq } => {
                         let start = Instant::now();
                         self.say(&Message::Placed { round, seq })?;
@@ -192,7 +195,10 @@ impl Server<'_> {
                         let _ = self.events.send(LaneEvent::Placed { lane: self.lane, round });
                     }
                     Message::Close => return Ok(()),
-                    Message::Keys(_) | Message::Placed { .. } => {
+                    Message::Keys(_)
+                    | Message::Placed { .. }
+                    | Message::Zeroed
+                    | Message::NoKey { .. } => {
                         return Err(RdmaError::WrongAnswer);
                     }
                 }
@@ -206,9 +212,34 @@ impl Server<'_> {
             let count = slice.min(u16::MAX.into()) as u16;
             return Err(RdmaError::Misbehaved(FramingError::Count { count }));
         }
-        self.registered.slice(slice, self.line.stop())?;
+        if let Err(error) = self.registered.slice(slice, self.line.stop()) {
+            return Err(self.refuse_key(slice, error));
+        }
         let keys = self.registered.keys_from(slice);
         self.say(&Message::Keys(keys))
+    }
+
+    /// Says that there is no key, and lets the source hang up, so that it hears of it.
+    fn refuse_key(&mut self, slice: u32, error: RdmaError) -> RdmaError {
+        let RdmaError::Register { source, .. } = &error else { return error };
+        let errno = source.raw_os_error().unwrap_or(libc::EIO);
+        let deadline = Instant::now() + CLOSE_WAIT_MAX;
+        if self.say(&Message::NoKey { slice, errno }).is_ok() {
+            while let left @ 1.. = deadline.saturating_duration_since(Instant::now()).as_millis()
+                && self.line.wait(Duration::from_millis(left as u64)).is_ok()
+            {}
+        }
+        error
+    }
+
+    /// Has pages read as zeros. Through the mapping, never by punching holes: a page that was freed
+    /// would still be what the device writes to.
+    fn clear(&mut self, zeros: &[Extent]) -> Result<(), RdmaError> {
+        for zero in zeros {
+            zero::clear(self.registered.memory(), *zero).map_err(RdmaError::OutsideMemory)?;
+            self.tally.zero_bytes += zero.len;
+        }
+        self.say(&Message::Zeroed)
     }
 
     fn say(&mut self, message: &Message) -> Result<(), RdmaError> {

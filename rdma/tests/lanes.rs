@@ -4,7 +4,6 @@
 mod support;
 
 use pageferry_datapath::control::Ticket;
-use pageferry_datapath::digest::MemoryDigest;
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::Refusal;
 use pageferry_datapath::ids::{RegionIndex, RoundIndex};
@@ -16,21 +15,13 @@ use pageferry_rdma::source::RdmaPool;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use support::{
-    PAGE, SOON, Source, TICKET, Target, addresses, fill, is_same, memory, memory_of, plan, whole,
+    PAGE, SOON, Source, TICKET, Target, addresses, digest, fill, is_same, memory, memory_of, page,
+    plan, required, whole,
 };
 
 const SIZES: [u64; 2] = [20 << 20, 64 << 10];
-
-fn page(index: u64) -> Extent {
-    Extent { region: RegionIndex(0), offset: index * PAGE, len: PAGE }
-}
-
-fn digest(memory: &pageferry_datapath::region::GuestMemory) -> MemoryDigest {
-    MemoryDigest::of_memory(memory, 2, &AtomicBool::new(false)).expect("digest")
-}
 
 #[test]
 fn memory_arrives_whole_and_later_content_wins() {
@@ -173,8 +164,7 @@ fn huge_pages_arrive_whole() {
     let (Some(source_memory), Some(target_memory)) =
         (memory_of(&sizes, huge), memory_of(&sizes, huge))
     else {
-        let required = std::env::var("PAGEFERRY_REQUIRE_ALL").is_ok_and(|value| value == "1");
-        assert!(!required, "no huge pages, and nothing may be skipped");
+        assert!(!required(), "no huge pages, and nothing may be skipped");
         println!("SKIP huge_pages_arrive_whole: needs 8 huge pages of 2 MiB");
         return;
     };

@@ -35,6 +35,7 @@ pub(crate) enum Command {
 pub(crate) struct PoolCounters {
     pub(crate) alive: AtomicUsize,
     pub(crate) moved_bytes: AtomicU64,
+    pub(crate) zero_bytes: AtomicU64,
 }
 
 /// Open lanes to one target, each with its worker. Dropping it aborts them.
@@ -151,9 +152,7 @@ impl SourceLanes for RdmaPool {
     }
 
     fn zero_bytes(&self) -> u64 {
-        // Zero pages are written like all others: telling them apart would have a core read what
-        // the device reads by itself.
-        0
+        self.counters.zero_bytes.load(Ordering::Relaxed)
     }
 
     fn close(mut self: Box<Self>, abort: bool) -> Vec<LaneStats> {

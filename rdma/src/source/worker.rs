@@ -3,6 +3,7 @@
 //! Owns its connection and the list of what is not acknowledged yet. Runs on its own thread, pinned
 //! if the plan says so; ends after a close, a stop or the first error.
 //!
+//! Zero pages are named in a message instead of being written: neither end's device touches them.
 //! Scattered pages go as one chain of WRITEs for each batch, long runs as WRITEs of a whole batch;
 //! one signal at the end of each chain. As much is in flight as keeps a fast link busy, and no
 //! more, so that at the end of a round no lane sits on work that others could take.
@@ -19,13 +20,14 @@ use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneEvent, LaneStats};
 use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
 use pageferry_datapath::work::RoundWork;
+use pageferry_datapath::zero::Sorted;
 
 use super::{Command, PoolCounters};
 use crate::connection::Dialled;
 use crate::error::RdmaError;
-use crate::limits::{CLOSE_WAIT_MAX, IN_FLIGHT_BYTES_MAX, REGISTER_WAIT_MAX};
+use crate::limits::{CLOSE_WAIT_MAX, IN_FLIGHT_BYTES_MAX, REGISTER_WAIT_MAX, ZERO_BYTES_MAX};
 use crate::line::Line;
-use crate::message::{Message, SliceKey};
+use crate::message::{Message, RUNS_MAX, SliceKey};
 use crate::qp_sys::{RemoteAddr, Write};
 use crate::registration::RegisteredMemory;
 use crate::stats::{Tally, pin_to, record};
@@ -52,6 +54,9 @@ pub(super) fn run(setup: Setup, dialled: Dialled, commands: &Receiver<Command>) 
         keys,
         barriers: 0,
         batch: Vec::with_capacity(BATCH_EXTENTS_MAX),
+        sorted: Sorted::new(),
+        zeros: Vec::new(),
+        zeros_asked: false,
         writes: Vec::with_capacity(BATCH_EXTENTS_MAX),
         in_flight: VecDeque::new(),
         in_flight_bytes: 0,
@@ -80,6 +85,12 @@ struct Worker {
     keys: Vec<Option<RemoteAddr>>,
     barriers: u32,
     batch: Vec<Extent>,
+    /// The same, by what has to travel.
+    sorted: Sorted,
+    /// Zero pages that the target was not told of yet, neighbours joined.
+    zeros: Vec<Extent>,
+    /// It was told of some, and has not answered.
+    zeros_asked: bool,
     writes: Vec<Write>,
     in_flight: VecDeque<Chain>,
     in_flight_bytes: u64,
@@ -119,8 +130,12 @@ impl Worker {
             }
             // Noted before it is sent: a batch that fails half-way may be half placed.
             note(&mut self.unacked, &self.batch);
+            let sorted = self.sorted.sort(self.registered.memory(), &self.batch);
+            sorted.map_err(RdmaError::OutsideMemory)?;
+            self.name_zeros()?;
             self.write_batch()?;
         }
+        self.tell_zeros()?;
         let start = Instant::now();
         self.barrier(work.round())?;
         record(&mut self.tally.barrier_ns, start);
@@ -129,10 +144,37 @@ impl Worker {
         Ok(())
     }
 
+    /// Adds the batch's zero pages to those that the target will be told of; when it is time, tells.
+    fn name_zeros(&mut self) -> Result<(), RdmaError> {
+        for index in 0..self.sorted.zero.len() {
+            let zero = self.sorted.zero[index];
+            let named: u64 = self.zeros.iter().map(|extent| extent.len).sum();
+            if self.zeros.len() == RUNS_MAX || named + zero.len > ZERO_BYTES_MAX {
+                self.tell_zeros()?;
+            }
+            note(&mut self.zeros, &[zero]);
+        }
+        let bytes = self.sorted.zero_bytes();
+        self.tally.zero_bytes += bytes;
+        self.setup.counters.zero_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Tells the target of the zero pages, without waiting for its answer: the next question does.
+    fn tell_zeros(&mut self) -> Result<(), RdmaError> {
+        if self.zeros.is_empty() {
+            return Ok(());
+        }
+        let zeros = Message::Zeros(std::mem::take(&mut self.zeros));
+        self.ask(&zeros)?;
+        self.zeros_asked = true;
+        Ok(())
+    }
+
     fn write_batch(&mut self) -> Result<(), RdmaError> {
         let chain_max = (self.line.qp.depth() / 2).max(1) as usize;
-        for index in 0..self.batch.len() {
-            let mut rest = self.batch[index];
+        for index in 0..self.sorted.data.len() {
+            let mut rest = self.sorted.data[index];
             while rest.len > 0 {
                 let place = self.registered.slices().locate(&rest);
                 let to = self.key(place.slice)?;
@@ -187,11 +229,7 @@ impl Worker {
     }
 
     fn progress(&mut self) -> Result<(), RdmaError> {
-        let wait = self.setup.progress_wait;
-        match self.line.wait(wait)? {
-            true => Ok(()),
-            false => Err(RdmaError::Stalled { waited_ms: wait.as_millis() as u64 }),
-        }
+        self.line.progress(self.setup.progress_wait)
     }
 
     /// A SEND after the WRITEs on the same queue pair: what it finds is placed. A completion here
@@ -199,7 +237,7 @@ impl Worker {
     fn barrier(&mut self, round: RoundIndex) -> Result<(), RdmaError> {
         let seq = self.barriers;
         self.barriers = seq.wrapping_add(1);
-        self.line.send(&Message::Barrier { round, seq }, self.setup.progress_wait)?;
+        self.ask(&Message::Barrier { round, seq })?;
         let answer = self.answer(self.setup.progress_wait)?;
         if answer != (Message::Placed { round, seq }) {
             return Err(RdmaError::WrongAnswer);
@@ -211,6 +249,16 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// Sends a question, once the one before it is answered: the target has a receive for each.
+    fn ask(&mut self, question: &Message) -> Result<(), RdmaError> {
+        if std::mem::take(&mut self.zeros_asked)
+            && self.answer(REGISTER_WAIT_MAX)? != Message::Zeroed
+        {
+            return Err(RdmaError::WrongAnswer);
+        }
+        self.line.send(question, self.setup.progress_wait)
     }
 
     fn answer(&mut self, wait: Duration) -> Result<Message, RdmaError> {
@@ -231,10 +279,15 @@ impl Worker {
         if !self.writes.is_empty() {
             self.post()?;
         }
-        self.line.send(&Message::Want { slice }, self.setup.progress_wait)?;
+        self.ask(&Message::Want { slice })?;
         // Registering at the target shows no other sign of life.
-        let Message::Keys(keys) = self.answer(REGISTER_WAIT_MAX)? else {
-            return Err(RdmaError::WrongAnswer);
+        let keys = match self.answer(REGISTER_WAIT_MAX)? {
+            Message::Keys(keys) => keys,
+            Message::NoKey { slice, errno } => {
+                let source = std::io::Error::from_raw_os_error(errno);
+                return Err(RdmaError::KeyRefused { slice, source });
+            }
+            _ => return Err(RdmaError::WrongAnswer),
         };
         for SliceKey { slice, at } in &keys {
             let place = self.keys.get_mut(*slice as usize);

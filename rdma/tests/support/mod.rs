@@ -1,14 +1,17 @@
 //! Two ends of lanes in one process, on the RDMA devices that the machine has.
 //!
 //! `tests/rdma-vm/run` says in `PF_…` which addresses they have; elsewhere these tests are skipped.
+#![allow(dead_code)] // Each test binary uses its own part.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use pageferry_datapath::backing::Backing;
 use pageferry_datapath::control::Ticket;
+use pageferry_datapath::digest::MemoryDigest;
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::Refusal;
 use pageferry_datapath::ids::{LaneId, RegionIndex, RoundIndex, SessionId};
@@ -34,11 +37,41 @@ pub(crate) fn addresses(test: &str) -> Option<(IpAddr, IpAddr)> {
     let found = address("PF_LOCAL_ADDR").zip(address("PF_PEER_ADDR"));
     let found = found.filter(|_| std::env::var("PF_RDMA_DEV").is_ok_and(|name| !name.is_empty()));
     if found.is_none() {
-        let required = std::env::var("PAGEFERRY_REQUIRE_ALL").is_ok_and(|value| value == "1");
-        assert!(!required, "{test}: no RDMA device, and nothing may be skipped");
+        assert!(!required(), "{test}: no RDMA device, and nothing may be skipped");
         println!("SKIP {test}: needs an RDMA device (make test-rdma)");
     }
     found
+}
+
+/// Whether nothing may be skipped.
+pub(crate) fn required() -> bool {
+    std::env::var("PAGEFERRY_REQUIRE_ALL").is_ok_and(|value| value == "1")
+}
+
+/// Whether the devices are soft-iWARP's, which has TCP's patience and no retries of its own.
+pub(crate) fn is_siw() -> bool {
+    std::env::var("PF_DRIVER").is_ok_and(|driver| driver == "siw")
+}
+
+/// One page of the first region.
+pub(crate) fn page(index: u64) -> Extent {
+    Extent { region: RegionIndex(0), offset: index * PAGE, len: PAGE }
+}
+
+/// Of all of a guest's memory.
+pub(crate) fn digest(memory: &GuestMemory) -> MemoryDigest {
+    MemoryDigest::of_memory(memory, 2, &AtomicBool::new(false)).expect("digest")
+}
+
+/// The regions of several, numbered anew.
+pub(crate) fn joined(memories: Vec<GuestMemory>) -> GuestMemory {
+    let regions = memories.iter().flat_map(|memory| memory.regions().iter());
+    let regions = regions.enumerate().map(|(index, region)| {
+        let file = region.file().try_clone_to_owned().expect("a descriptor is left").into();
+        let index = RegionIndex(index as u16);
+        Region::map(index, file, region.len(), region.page_bytes()).expect("mapped once already")
+    });
+    GuestMemory::new(regions.collect())
 }
 
 /// Memory of regions of these sizes.
@@ -121,6 +154,13 @@ impl Target {
     /// All memory may be registered.
     pub(crate) fn begin(&self) {
         self.registered.begin(Vec::new()).expect("allowed");
+    }
+
+    /// Fences one lane.
+    pub(crate) fn fence_one(&self, lane: LaneId) {
+        let mut lanes = self.lanes.lock().expect("not poisoned");
+        let at = lanes.iter().position(|it| it.lane() == lane).expect("it was taken");
+        lanes.swap_remove(at).fence();
     }
 
     /// Fences every lane.
