@@ -53,6 +53,7 @@ and on its PATH
   rdma-vm-pair SERVER CLIENT   runs two shell commands, the client when the server listens, each
                                with the variables of its side, in every topology
   rdma-vm-sync NAME [WORD]     returns when both guests have called it; prints the WORDs of both
+  rdma-vm-link down|up         takes this side's end of the wire down or up again (topology veth)
 
 exit code: COMMAND's own (128+N for signal N; with two guests the server's if it failed, else the
 client's), or 124 time-out, 125 the harness or the guest failed (panic), 2 wrong use.
