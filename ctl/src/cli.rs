@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::agent::lanes::Transport;
+use crate::agent::lanes::{Pin, Transport};
 use crate::agent::record::STATE_DIR;
 
 /// Live-migrates the memory of a running virtual machine to another host.
@@ -98,6 +98,9 @@ pub struct TargetArgs {
     /// What lanes may run on.
     #[arg(long, value_enum, default_value_t = Transport::Auto)]
     pub transport: Transport,
+    /// Which guest memory RDMA keeps in place here.
+    #[arg(long, value_enum, default_value_t = Pin::Touched)]
+    pub pin: Pin,
     /// Where to write down what was decided.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
@@ -139,6 +142,9 @@ pub struct MigrateArgs {
     /// What lanes run on.
     #[arg(long, value_enum, default_value_t = Transport::Auto)]
     pub transport: Transport,
+    /// Which guest memory RDMA keeps in place here.
+    #[arg(long, value_enum, default_value_t = Pin::Touched)]
+    pub pin: Pin,
     /// The longest pause wanted, in milliseconds.
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub downtime_ms: u64,

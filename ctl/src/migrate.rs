@@ -83,6 +83,7 @@ fn options(args: &MigrateArgs) -> SourceOptions {
         lanes: LaneChoice {
             transport: args.transport,
             no_rdma: lanes::no_rdma(args.transport),
+            pin: args.pin,
             count: args.lanes,
             cpus: cpus(args.cpus.as_ref()),
             path: path(args.no_io_uring),

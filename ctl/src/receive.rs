@@ -38,6 +38,7 @@ pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
         lanes: LaneChoice {
             transport: args.transport,
             no_rdma: lanes::no_rdma(args.transport),
+            pin: args.pin,
             count: Some(args.lanes_max),
             cpus: cpus(args.cpus.as_ref()),
             path: path(args.no_io_uring),

@@ -34,6 +34,16 @@ pub enum Transport {
     Tcp,
 }
 
+/// Which guest memory RDMA devices keep in place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Pin {
+    /// All of it, holes too, before and while the first pages move.
+    All,
+    /// What holds something, and what is near it, when it is first needed.
+    #[default]
+    Touched,
+}
+
 /// What one side was told, or found out, about its lanes.
 #[derive(Clone, Debug)]
 pub struct LaneChoice {
@@ -41,6 +51,8 @@ pub struct LaneChoice {
     pub transport: Transport,
     /// Why RDMA is not offered, or not taken, from this side; `None` if it may be.
     pub no_rdma: Option<String>,
+    /// Which memory RDMA pins on this side.
+    pub pin: Pin,
     /// Source: how many, if told. Target: how many at most.
     pub count: Option<u16>,
     /// Cores that lanes may use, in the order they are used.
@@ -142,7 +154,7 @@ pub fn open_rdma(
         ticket: ticket.ticket,
         cpu: lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
     });
-    rdma::connect(address, session, plans.collect(), memory, events)
+    rdma::connect(address, session, plans.collect(), lanes.pin, memory, events)
 }
 
 /// Source: connects every lane of the choice over TCP.

@@ -12,6 +12,8 @@ use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 
+use super::lanes::Pin;
+
 const WHY_NOT: &str = "this program was built without it";
 
 /// One lane to open.
@@ -62,6 +64,7 @@ pub fn connect(
     _address: SocketAddr,
     _session: SessionId,
     _lanes: Vec<LanePlan>,
+    _pin: Pin,
     _memory: &GuestMemory,
     _events: Sender<LaneEvent>,
 ) -> Result<Box<dyn SourceLanes>, String> {
@@ -76,6 +79,7 @@ impl RdmaTarget {
     /// Says why not.
     pub fn listen(
         _memory: GuestMemory,
+        _pin: Pin,
         _at: IpAddr,
         _threads: usize,
     ) -> Result<(Self, Receiver<ArrivingLane>), String> {

@@ -11,7 +11,7 @@ use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_rdma::error::RdmaError;
 use pageferry_rdma::guest::RdmaMemory;
-use pageferry_rdma::plan::{ConnectPlan, Pin, TargetLaneConfig};
+use pageferry_rdma::plan::{self, ConnectPlan, TargetLaneConfig};
 use pageferry_rdma::source::RdmaPool;
 use pageferry_rdma::target::{Listener, TargetLane};
 
@@ -19,6 +19,7 @@ pub use pageferry_rdma::plan::LanePlan;
 pub use pageferry_rdma::target::ArrivingLane;
 
 use super::failure;
+use super::lanes::Pin;
 
 /// A lane that was taken. Dropping it fences it.
 pub type TakenLane = TargetLane;
@@ -34,10 +35,11 @@ pub fn connect(
     address: SocketAddr,
     session: SessionId,
     lanes: Vec<LanePlan>,
+    pin: Pin,
     memory: &GuestMemory,
     events: Sender<LaneEvent>,
 ) -> Result<Box<dyn SourceLanes>, String> {
-    let plan = ConnectPlan::new(address, session, lanes);
+    let plan = ConnectPlan { pin: pin.into(), ..ConnectPlan::new(address, session, lanes) };
     match RdmaPool::connect(&plan, memory.clone(), events) {
         Ok(pool) => Ok(Box::new(pool)),
         Err((_, error)) => Err(text(&error)),
@@ -55,11 +57,12 @@ impl RdmaTarget {
     /// Listens at an address of this host; lanes that ask arrive on the channel.
     pub fn listen(
         memory: GuestMemory,
+        pin: Pin,
         at: IpAddr,
         threads: usize,
     ) -> Result<(Self, Receiver<ArrivingLane>), String> {
         let memory =
-            RdmaMemory::target(memory, Pin::default(), threads).map_err(|error| text(&error))?;
+            RdmaMemory::target(memory, pin.into(), threads).map_err(|error| text(&error))?;
         let (to_arrivals, arrivals) = unbounded();
         let arrived = move |arrived: Result<ArrivingLane, RdmaError>| match arrived {
             Ok(lane) => {
@@ -94,6 +97,15 @@ impl RdmaTarget {
     ) -> Result<TakenLane, LaneError> {
         let config = TargetLaneConfig { cpu, ..TargetLaneConfig::default() };
         TargetLane::start(lane, Arc::clone(&self.memory), &config, events)
+    }
+}
+
+impl From<Pin> for plan::Pin {
+    fn from(pin: Pin) -> Self {
+        match pin {
+            Pin::All => Self::All,
+            Pin::Touched => Self::Touched,
+        }
     }
 }
 

@@ -151,7 +151,8 @@ impl Intake {
         }
         let at = at.ok_or("the source is gone")?;
         let threads = self.wanted.cpus.len();
-        let (rdma, arrivals) = RdmaTarget::listen(self.memory.clone(), at, threads)?;
+        let (rdma, arrivals) =
+            RdmaTarget::listen(self.memory.clone(), self.wanted.pin, at, threads)?;
         (self.rdma, self.rdma_arrivals) = (Some(rdma), arrivals);
         Ok(())
     }
