@@ -173,7 +173,7 @@ pub fn open(
     };
     let plans = choice.lanes.iter().enumerate().map(|(lane, ticket)| LanePlan {
         lane: LaneId(lane as u16),
-        ticket: ticket.ticket,
+        ticket: ticket.over_tcp.unwrap_or(ticket.ticket),
         cpu: cpu_of(lane, ticket.cpu),
         bind: None,
     });

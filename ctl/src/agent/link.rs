@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use pageferry_datapath::control::{Decoder, FrameError, Message, encode};
+use pageferry_datapath::ids::SessionId;
 
 use super::tls::{Caller, Channel, Security, TlsError};
 
@@ -134,6 +135,11 @@ impl Link {
     /// How it is secured, and who the peer is.
     pub fn security(&self) -> &Security {
         self.channel.security()
+    }
+
+    /// What tickets of this connection's lanes are made from, known to its two ends only.
+    pub fn lane_secret(&self, session: SessionId) -> std::io::Result<[u8; 32]> {
+        self.channel.lane_secret(session)
     }
 
     /// This end's address.

@@ -28,4 +28,5 @@ pub mod rdma;
 pub mod record;
 pub mod source;
 pub mod target;
+pub mod tickets;
 pub mod tls;

@@ -172,6 +172,9 @@ pub struct LaneTicket {
     pub ticket: Ticket,
     /// Core of the lane's worker at the target, if pinned.
     pub cpu: Option<u16>,
+    /// The right to open the same lane over TCP, should RDMA not come about: each is good once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over_tcp: Option<Ticket>,
 }
 
 /// Something of the offer that is not used.

@@ -88,8 +88,13 @@ fn choice() -> Choice {
     let ticket = Ticket(std::array::from_fn(|index| index as u8));
     Choice {
         lanes: vec![
-            LaneTicket { path: LanePath::TcpUring, ticket, cpu: Some(1) },
-            LaneTicket { path: LanePath::TcpUring, ticket: Ticket([0xff; 32]), cpu: None },
+            LaneTicket { path: LanePath::TcpUring, ticket, cpu: Some(1), over_tcp: None },
+            LaneTicket {
+                path: LanePath::TcpUring,
+                ticket: Ticket([0xff; 32]),
+                cpu: None,
+                over_tcp: None,
+            },
         ],
         refused: vec![Refused { what: "rdma".into(), reason: "no device at the target".into() }],
         rdma_port: None,
@@ -188,8 +193,15 @@ fn any_offer() -> impl Strategy<Value = Offer> {
 }
 
 fn any_choice() -> impl Strategy<Value = Choice> {
-    let lane = (any_path(), any::<[u8; 32]>(), option::of(any::<u16>()))
-        .prop_map(|(path, ticket, cpu)| LaneTicket { path, ticket: Ticket(ticket), cpu });
+    let tickets = (any::<[u8; 32]>(), option::of(any::<[u8; 32]>()));
+    let lane = (any_path(), tickets, option::of(any::<u16>())).prop_map(
+        |(path, (ticket, over_tcp), cpu)| LaneTicket {
+            path,
+            ticket: Ticket(ticket),
+            cpu,
+            over_tcp: over_tcp.map(Ticket),
+        },
+    );
     let refused = (text(), text()).prop_map(|(what, reason)| Refused { what, reason });
     (vec(lane, 1..9), vec(refused, 0..4), option::of(any::<u16>()))
         .prop_map(|(lanes, refused, rdma_port)| Choice { lanes, refused, rdma_port })

@@ -127,7 +127,8 @@ pub(crate) fn offer(verify: bool) -> Offer {
 }
 
 pub(crate) fn choice() -> Choice {
-    let lane = LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None };
+    let lane =
+        LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
     Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None }
 }
 

@@ -5,10 +5,10 @@
 use std::net::IpAddr;
 
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
-use pageferry_datapath::control::{Choice, LaneTicket, Offer, Ticket};
+use pageferry_datapath::control::{Choice, LaneTicket, Offer};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
-use pageferry_datapath::ids::{LaneId, RoundIndex, SessionId};
+use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneEvent, LanePath};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
@@ -19,6 +19,7 @@ use super::super::acceptor::ArrivingLane;
 use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
 use super::super::rdma::{self, RdmaTarget};
+use super::super::tickets::{Over, Tickets};
 
 /// A lane that was taken.
 enum Taken {
@@ -32,7 +33,9 @@ pub(super) struct Intake {
     /// Both ends are on one machine.
     pub(super) same_host: bool,
     memory: GuestMemory,
-    tickets: Vec<LaneTicket>,
+    tickets: Option<Tickets>,
+    /// Of each lane, the core of its worker.
+    cpus: Vec<Option<u16>>,
     lanes: Vec<Option<Taken>>,
     events: Receiver<LaneEvent>,
     to_events: Sender<LaneEvent>,
@@ -52,7 +55,8 @@ impl Intake {
             wanted,
             same_host: false,
             memory: GuestMemory::default(),
-            tickets: Vec::new(),
+            tickets: None,
+            cpus: Vec::new(),
             lanes: Vec::new(),
             events,
             to_events,
@@ -84,7 +88,7 @@ impl Intake {
         match event {
             LaneEvent::Placed { round, .. } => {
                 self.placed += 1;
-                if self.placed < self.tickets.len() {
+                if self.placed < self.lanes.len() {
                     return Input::Tick;
                 }
                 self.placed = 0;
@@ -110,12 +114,13 @@ impl Intake {
         }
     }
 
-    /// Chooses lanes for an offer and makes their tickets; `at` is the address the source came to.
+    /// Chooses lanes for an offer and draws their tickets; `at` is the address the source came to.
     pub(super) fn agree(
         &mut self,
         offer: &Offer,
         memory: GuestMemory,
         at: Option<IpAddr>,
+        mut tickets: Tickets,
     ) -> Result<Choice, Failure> {
         self.memory = memory;
         let count = self.wanted.agree(&offer.lanes, self.same_host);
@@ -128,14 +133,25 @@ impl Intake {
             Err(why) => (lanes::tcp_path_for(&offer.lanes.paths), Some(why)),
         };
         let cpus = &self.wanted.cpus;
-        for lane in 0..count {
-            let ticket = Ticket::random().expect("the kernel has random bytes");
-            let cpu = cpus.get(usize::from(lane) % cpus.len().max(1)).map(|cpu| *cpu as u16);
-            self.tickets.push(LaneTicket { path, ticket, cpu });
-            self.lanes.push(None);
-        }
+        let cpu_of = |lane| cpus.get(lane % cpus.len().max(1)).map(|cpu| *cpu as u16);
+        self.cpus = (0..usize::from(count)).map(cpu_of).collect();
+        self.lanes.resize_with(self.cpus.len(), || None);
+        tickets.begin_opening();
+        let lanes = self.cpus.iter().enumerate().map(|(lane, &cpu)| {
+            let lane = LaneId(lane as u16);
+            let (over, second) = match (path, self.wanted.transport) {
+                (LanePath::Rdma, Transport::Rdma) => (Over::Rdma, None),
+                (LanePath::Rdma, _) => (Over::Rdma, Some(Over::Tcp)),
+                _ => (Over::Tcp, None),
+            };
+            let ticket = tickets.draw(lane, over);
+            let over_tcp = second.map(|over| tickets.draw(lane, over));
+            LaneTicket { path, ticket, cpu, over_tcp }
+        });
+        let lanes = lanes.collect();
+        self.tickets = Some(tickets);
         Ok(Choice {
-            lanes: self.tickets.clone(),
+            lanes,
             refused: lanes::refused(&offer.lanes, path, no_rdma.as_deref()),
             rdma_port: self.rdma.as_ref().map(RdmaTarget::port),
         })
@@ -164,12 +180,8 @@ impl Intake {
 
     /// Starts a lane whose ticket is one of this session's and was not used before. A lane over TCP
     /// where those over RDMA were chosen means that the source has done with them.
-    pub(super) fn admit(
-        &mut self,
-        session: Option<SessionId>,
-        lane: ArrivingLane,
-    ) -> Result<(), Failure> {
-        let (index, cpu) = match self.may_enter(session, lane.hello()) {
+    pub(super) fn admit(&mut self, lane: ArrivingLane) -> Result<(), Failure> {
+        let (index, cpu) = match self.may_enter(lane.hello()) {
             Ok(place) => place,
             Err(refusal) => {
                 lane.refuse(refusal);
@@ -187,12 +199,8 @@ impl Intake {
     }
 
     /// The place of a lane over TCP; those over RDMA are fenced before the first is taken.
-    fn may_enter(
-        &mut self,
-        session: Option<SessionId>,
-        hello: &Hello,
-    ) -> Result<(usize, Option<usize>), Refusal> {
-        let (index, cpu) = self.judge(session, hello)?;
+    fn may_enter(&mut self, hello: &Hello) -> Result<(usize, Option<usize>), Refusal> {
+        let (index, cpu) = self.judge(hello, Over::Tcp)?;
         if self.rdma.is_some() && !self.fell_back {
             if self.wanted.transport == Transport::Rdma {
                 return Err(Refusal::Duplicate);
@@ -206,8 +214,8 @@ impl Intake {
     }
 
     /// The same for a lane over RDMA.
-    pub(super) fn admit_rdma(&mut self, session: Option<SessionId>, lane: rdma::ArrivingLane) {
-        let (index, cpu) = match self.judge(session, lane.hello()) {
+    pub(super) fn admit_rdma(&mut self, lane: rdma::ArrivingLane) {
+        let (index, cpu) = match self.judge(lane.hello(), Over::Rdma) {
             Ok(judged) => judged,
             Err(refusal) => return lane.refuse(refusal),
         };
@@ -220,19 +228,12 @@ impl Intake {
         }
     }
 
-    /// The place of a lane whose ticket is one of this session's, and its core.
-    fn judge(
-        &self,
-        session: Option<SessionId>,
-        hello: &Hello,
-    ) -> Result<(usize, Option<usize>), Refusal> {
-        let index = usize::from(hello.lane.0);
-        match self.tickets.get(index) {
-            Some(ticket) if Some(hello.session) == session && ticket.ticket == hello.ticket => {
-                Ok((index, ticket.cpu.map(usize::from)))
-            }
-            _ => Err(Refusal::Ticket),
-        }
+    /// The place of a lane whose ticket is one of this session's, and its core. The ticket is used
+    /// up: whatever becomes of the lane, the same one opens no other.
+    fn judge(&mut self, hello: &Hello, over: Over) -> Result<(usize, Option<usize>), Refusal> {
+        let tickets = self.tickets.as_mut().ok_or(Refusal::Ticket)?;
+        let index = usize::from(tickets.redeem(hello, over)?.0);
+        Ok((index, self.cpus[index].map(usize::from)))
     }
 
     /// Ends every lane over RDMA before the first over TCP is answered: nothing older can arrive

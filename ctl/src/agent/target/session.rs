@@ -23,6 +23,7 @@ use super::super::hold::Hold;
 use super::super::link::Link;
 use super::super::monitor::{StateStream, TargetMonitor};
 use super::super::record::{Decision, Record, Records, Role};
+use super::super::tickets::Tickets;
 use super::intake::Intake;
 use super::{OpenMonitor, TargetOptions, TargetResult, lost};
 use crate::host;
@@ -154,7 +155,7 @@ impl<'a> Session<'a> {
             }
             recv(self.intake.rdma_arrivals()) -> lane => {
                 match lane {
-                    Ok(lane) => self.intake.admit_rdma(self.session, lane),
+                    Ok(lane) => self.intake.admit_rdma(lane),
                     Err(_) => self.intake.no_more_rdma_arrivals(),
                 }
                 Input::Tick
@@ -183,7 +184,7 @@ impl<'a> Session<'a> {
 
     fn arrived(&mut self, arrival: Arrival, tell: &mut dyn FnMut(&str)) -> Result<(), Failure> {
         match arrival {
-            Arrival::Lane(lane) => self.intake.admit(self.session, lane)?,
+            Arrival::Lane(lane) => self.intake.admit(lane)?,
             Arrival::Control(channel) => {
                 let busy = Message::Abort(Abort {
                     reason: AbortReason::Refused,
@@ -246,7 +247,12 @@ impl<'a> Session<'a> {
         self.records = Some(self.begin_record(monitor.pid())?);
         self.monitor = Some(monitor);
         let at = self.link.local().map(|address| address.ip());
-        self.intake.agree(offer, self.memory.clone(), at)
+        let session = self.session.expect("the hello came before the offer");
+        let secret = self
+            .link
+            .lane_secret(session)
+            .map_err(|error| failure::host("lane tickets", &error, None))?;
+        self.intake.agree(offer, self.memory.clone(), at, Tickets::new(session, &secret))
     }
 
     fn begin_record(&self, pid: i32) -> Result<Records, Failure> {

@@ -8,12 +8,17 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Mutex, MutexGuard};
 
+use pageferry_datapath::control::Ticket;
+use pageferry_datapath::ids::SessionId;
 use rustls::Connection;
 
 use super::Security;
 
 /// Bytes turned into records at a time.
 const SEAL_BYTES: usize = 256 << 10;
+
+/// Label of the exporter (RFC 8446, 7.5) that lane tickets are derived from.
+const LANES: &[u8] = b"EXPORTER-pageferry-lanes";
 
 /// A stream of bytes to the peer.
 #[derive(Debug)]
@@ -42,6 +47,17 @@ impl Channel {
     /// How it is secured.
     pub fn security(&self) -> &Security {
         &self.security
+    }
+
+    /// Bytes that only the two ends of this connection can know, one and the same for a session; at
+    /// random where there is no TLS to derive them from.
+    pub fn lane_secret(&self, session: SessionId) -> io::Result<[u8; 32]> {
+        match &self.tls {
+            Some(tls) => lock(tls)
+                .export_keying_material([0; 32], LANES, Some(&session.0.to_le_bytes()))
+                .map_err(io::Error::other),
+            None => Ok(Ticket::random().map_err(io::Error::other)?.0),
+        }
     }
 
     /// The socket, to look at and to tune.
