@@ -104,6 +104,9 @@ pub struct TargetArgs {
     /// Where to write down what was decided.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
+    /// Take in guests only by encrypted lanes.
+    #[arg(long, conflicts_with = "insecure")]
+    pub encrypt: bool,
     /// Exit after one migration instead of waiting for the next.
     #[arg(long)]
     pub once: bool,
@@ -145,6 +148,10 @@ pub struct MigrateArgs {
     /// Which guest memory RDMA keeps in place here.
     #[arg(long, value_enum, default_value_t = Pin::Touched)]
     pub pin: Pin,
+    /// Encrypt guest memory on its way too, by TLS on every lane: in the kernel where it can. RDMA,
+    /// which has no encryption, is then not used.
+    #[arg(long, conflicts_with = "insecure")]
+    pub encrypt: bool,
     /// The longest pause wanted, in milliseconds.
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub downtime_ms: u64,

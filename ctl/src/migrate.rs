@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
-use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
+use pageferry_datapath::lane::{LanePath, LaneStats, SealedBy, ZeroCopy};
 use pageferry_datapath::planner::{Goals, Stalled};
 use pageferry_datapath::source::{Failure, FailureKind, Outcome, Phase, RoundReport, SourceReport};
 use pageferry_uring::plan::{PathWish, ZeroCopyWish};
@@ -82,7 +82,7 @@ fn options(args: &MigrateArgs) -> SourceOptions {
         qmp: args.qmp.clone(),
         lanes: LaneChoice {
             transport: args.transport,
-            no_rdma: lanes::no_rdma(args.transport),
+            no_rdma: lanes::no_rdma(args.transport, args.encrypt),
             pin: args.pin,
             count: args.lanes,
             cpus: cpus(args.cpus.as_ref()),
@@ -91,6 +91,8 @@ fn options(args: &MigrateArgs) -> SourceOptions {
                 ZeroCopyChoice::Auto => ZeroCopyWish::Try,
                 ZeroCopyChoice::Off => ZeroCopyWish::Not("asked for"),
             },
+            encrypt: args.encrypt,
+            tls: None,
         },
         goals: Goals {
             downtime: Duration::from_millis(args.downtime_ms),
@@ -244,7 +246,7 @@ fn summary(
             Some(chosen) => format!("{}; {chosen}", lane.path_reason),
             None => lane.path_reason.clone(),
         }),
-        security: result.security.as_ref().map(secured),
+        security: result.security.as_ref().map(|security| secured(security, &result.lanes)),
         tracker: Some(facts.tracker.0.clone()).filter(|name| !name.is_empty()),
         tracker_reason: Some(facts.tracker.1.clone()).filter(|reason| !reason.is_empty()),
         lanes: result.lanes.len(),
@@ -274,7 +276,9 @@ fn summary(
     }
 }
 
-fn secured(security: &Security) -> Secured {
+fn secured(security: &Security, lanes: &[LaneStats]) -> Secured {
+    let sealing = || lanes.iter().filter_map(|lane| lane.sealing.as_ref());
+    let by = sealing().next().filter(|_| lanes.iter().all(|lane| lane.sealing.is_some()));
     let (suite, peer) = match security {
         Security::Tls { suite, peer, .. } => (Some(suite.clone()), Some(peer.clone())),
         Security::Loopback | Security::Insecure => (None, None),
@@ -283,7 +287,15 @@ fn secured(security: &Security) -> Secured {
         control: if peer.is_some() { "tls-1.3".into() } else { "plain".into() },
         cipher_suite: suite,
         peer,
-        lanes: "clear".into(),
+        lanes: match by.map(|sealing| sealing.by) {
+            None => "clear".into(),
+            Some(SealedBy::Kernel) => "tls-kernel".into(),
+            Some(SealedBy::Process) => "tls-process".into(),
+        },
+        lanes_reason: by.map(|sealing| format!("{}; {}", sealing.suite, sealing.reason)),
+        sealing_seconds: by
+            .filter(|sealing| sealing.by == SealedBy::Process)
+            .map(|_| sealing().map(|sealing| sealing.ns).sum::<u64>() as f64 / 1e9),
         warning: security.warning("source"),
     }
 }

@@ -37,12 +37,14 @@ pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
     let options = TargetOptions {
         lanes: LaneChoice {
             transport: args.transport,
-            no_rdma: lanes::no_rdma(args.transport),
+            no_rdma: lanes::no_rdma(args.transport, args.encrypt),
             pin: args.pin,
             count: Some(args.lanes_max),
             cpus: cpus(args.cpus.as_ref()),
             path: path(args.no_io_uring),
             zero_copy: ZeroCopyWish::Not("a target sends nothing"),
+            encrypt: args.encrypt,
+            tls: None,
         },
         qmp: args.qmp.clone(),
         state_dir: args.state_dir.clone(),

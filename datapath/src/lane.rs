@@ -53,6 +53,29 @@ pub enum ZeroCopy {
     Off,
 }
 
+/// Who encrypts a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SealedBy {
+    /// The kernel, in the socket.
+    Kernel,
+    /// This process, from a copy of guest memory.
+    Process,
+}
+
+/// The encryption of one lane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sealing {
+    /// Who does it.
+    pub by: SealedBy,
+    /// Why not the other.
+    pub reason: String,
+    /// TLS's cipher suite.
+    pub suite: String,
+    /// Time spent copying and sealing (target: opening), in ns; 0 where the kernel does it.
+    pub ns: u64,
+}
+
 /// Counters of one lane, over its whole life.
 #[derive(Clone, Debug)]
 pub struct LaneStats {
@@ -72,6 +95,8 @@ pub struct LaneStats {
     pub zero_bytes: u64,
     /// The same with headers.
     pub wire_bytes: u64,
+    /// How it was encrypted, if it was.
+    pub sealing: Option<Sealing>,
     /// System calls of the worker's loop.
     pub syscalls: u64,
     /// CPU time of the worker's thread, in ns; what the kernel did for it in interrupts is not in.

@@ -43,6 +43,7 @@ impl Tally {
             moved_bytes: self.moved_bytes,
             zero_bytes: self.zero_bytes,
             wire_bytes: self.wire_bytes,
+            sealing: None,
             syscalls,
             cpu_ns: cpu_time.map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64),
             batch_ns: self.batch_ns,

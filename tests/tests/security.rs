@@ -1,10 +1,15 @@
 //! Who may move a guest where, on real guests: certificates, `--insecure`, what each side is told.
 #![forbid(unsafe_code)]
 
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc::Sender;
+
 use nix::sys::signal::Signal;
 use pageferry_ctl::lab::{Workplace, certificates, is_root, one_at_a_time, skip};
 use pageferry_ctl::pki::authority::{self, Validity};
-use pageferry_tests::agents::{Agent, Ended};
+use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, REPLY_BYTES, Refusal, Reply};
+use pageferry_tests::agents::{Agent, Ended, PORT};
 use pageferry_tests::scene::{SOON, Scene};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -108,6 +113,141 @@ fn insecure_is_said_on_both_sides_and_in_the_report() -> Outcome {
     assert!(security["warning"].as_str().is_some_and(|text| text.contains("--insecure")));
     (scene.guest, scene.away) = (waiting, true);
     scene.assert_goes_on()?;
+    Ok(())
+}
+
+#[test]
+fn encrypted_lanes_move_a_guest_and_their_cost_is_told() -> Outcome {
+    let name = "encrypted_lanes_move_a_guest_and_their_cost_is_told";
+    if !is_root() {
+        skip(name, "needs root for namespaces");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let (source, target) = scene.migrate(&["--encrypt", "--verify"])?;
+    assert_eq!((source.code, target.code), (DONE, DONE), "{} {}", source.stderr, target.stderr);
+    let security = &source.summary()["security"];
+    println!("{security:#}");
+    match security["lanes"].as_str() {
+        Some("tls-process") => assert!(security["sealing_seconds"].as_f64() > Some(0.0)),
+        lanes => assert_eq!(lanes, Some("tls-kernel")),
+    }
+    assert!(security["lanes_reason"].as_str().is_some_and(|text| text.starts_with("TLS13_")));
+    scene.assert_goes_on()?;
+
+    // RDMA has no encryption: it is not used without a word, and not instead of it either.
+    let (source, _) = attempt(&scene, &["--encrypt", "--transport", "rdma"])?;
+    assert_eq!(source.code, REFUSED, "{}", source.stderr);
+    let reason = source.summary()["reason"].to_string();
+    assert!(reason.contains("encryption was asked for"), "{reason}");
+
+    // A target that demands it says so to a source that does not offer it.
+    let waiting = scene.waiting(|_| {})?;
+    let (here, there) = (scene.here(), scene.there());
+    let strict = Agent::target(&workplace, Some(there), "strict", &waiting, &["--encrypt"])?;
+    let source = Agent::source(&workplace, Some(here), "lax", &scene.guest, Some(there), &[])?;
+    let source = source.wait(SOON)?;
+    assert_eq!(source.code, REFUSED, "{}", source.stderr);
+    let summary = source.summary();
+    assert!(summary["reason"].to_string().contains("only encrypted lanes"), "{summary}");
+    assert!(summary["hint"].to_string().contains("--encrypt"), "{summary}");
+    strict.wait(SOON)?;
+    scene.assert_goes_on()?;
+    Ok(())
+}
+
+/// Somebody on the network between the two hosts, who repeats what lanes say in the clear.
+#[test]
+fn a_ticket_seen_on_the_wire_opens_nothing() -> Outcome {
+    let name = "a_ticket_seen_on_the_wire_opens_nothing";
+    if !is_root() {
+        skip(name, "needs root for namespaces");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let waiting = scene.waiting(|_| {})?;
+    let (here, there) = (scene.here(), scene.there());
+    let target = Agent::target(&workplace, Some(there), "target", &waiting, &[])?;
+    let (answers, middle) = {
+        let (to_answers, answers) = std::sync::mpsc::channel();
+        let (at, on) = ((here.address, 5777), (there.address, PORT));
+        let listening = here.namespace.run(move || in_between(at.into(), on.into(), to_answers))?;
+        (answers, listening?)
+    };
+    let (middle, named) = (middle.to_string(), there.address.to_string());
+    let dir = certificates(&workplace, &here.address.to_string())?.display().to_string();
+    let (qmp, state) = (scene.guest.qmp().display().to_string(), workplace.file("here.state"));
+    let state = state.display().to_string();
+    let args = ["migrate", "--qmp", &qmp, "--to", &middle, "--tls-hostname", &named, "--json"];
+    let args = [&args[..], &["--tls-dir", &dir, "--state-dir", &state, "--verify"]].concat();
+    let source = Agent::start(&workplace, Some(here), "source", &args)?.wait(SOON)?;
+    assert_eq!(source.code, DONE, "{} {}", source.summary(), source.stderr);
+    assert_eq!(target.wait(SOON)?.code, DONE);
+    let answers: Vec<_> = answers.try_iter().collect();
+    assert!(!answers.is_empty(), "no lane came by");
+    let refused = Reply::Refused(Refusal::Ticket);
+    assert!(answers.iter().all(|answer| *answer == Ok(refused)), "{answers:?}");
+    Ok(())
+}
+
+/// Passes connections on; of lanes, what the target answers to a hello that it has heard before.
+fn in_between(
+    at: SocketAddr,
+    on: SocketAddr,
+    answers: Sender<Result<Reply, String>>,
+) -> std::io::Result<SocketAddr> {
+    let listener = TcpListener::bind(at)?;
+    let address = listener.local_addr()?;
+    // It ends with the process: nobody connects any more.
+    std::thread::spawn(move || {
+        for near in listener.incoming().map_while(Result::ok) {
+            let answers = answers.clone();
+            std::thread::spawn(move || {
+                let _either_side_may_end_it = pass_on(near, on, &answers);
+            });
+        }
+    });
+    Ok(address)
+}
+
+fn pass_on(
+    mut near: TcpStream,
+    on: SocketAddr,
+    answers: &Sender<Result<Reply, String>>,
+) -> std::io::Result<()> {
+    let mut far = TcpStream::connect(on)?;
+    let mut magic = [0; 4];
+    while near.peek(&mut magic)? < magic.len() {}
+    if Greeting::of(magic) == Some(Greeting::Lane) {
+        let mut hello = [0; HELLO_BYTES];
+        near.read_exact(&mut hello)?;
+        far.write_all(&hello)?;
+        let mut reply = [0; REPLY_BYTES];
+        far.read_exact(&mut reply)?;
+        let again = || -> std::io::Result<_> {
+            let mut replayed = TcpStream::connect(on)?;
+            replayed.write_all(&hello)?;
+            let mut reply = [0; REPLY_BYTES];
+            replayed.read_exact(&mut reply)?;
+            Ok(Reply::decode(&reply))
+        };
+        let answer = again().map_err(|error| error.to_string());
+        let answer = answer.and_then(|reply| reply.map_err(|error| error.to_string()));
+        let _nobody_listens_after_the_end = answers.send(answer);
+        near.write_all(&reply)?;
+    }
+    let (mut from_far, mut to_near) = (far.try_clone()?, near.try_clone()?);
+    let back = std::thread::spawn(move || {
+        let _either_side_may_end_it = std::io::copy(&mut from_far, &mut to_near);
+        let _gone_already = to_near.shutdown(Shutdown::Write);
+    });
+    let _either_side_may_end_it = std::io::copy(&mut near, &mut far);
+    let _gone_already = far.shutdown(Shutdown::Write);
+    back.join().unwrap_or(());
     Ok(())
 }
 

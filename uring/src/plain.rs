@@ -32,6 +32,12 @@ impl PlainWire {
     /// Sends all of a parcel.
     pub(crate) fn send(&mut self, line: &Line, mut parcel: Box<Parcel>) -> Result<(), WireError> {
         let mut stall = Stall::new(line.progress_wait());
+        if let Some(mut sealed) = line.sealed() {
+            while !parcel.is_done() {
+                sealed.seal(&mut parcel).map_err(|error| WireError::of("TLS", error))?;
+                line.flush(&mut sealed, &mut stall)?;
+            }
+        }
         while !parcel.is_done() {
             line.check_stop()?;
             self.syscalls += 1;
@@ -53,6 +59,17 @@ impl PlainWire {
         idle: bool,
     ) -> Result<Box<Parcel>, WireError> {
         let mut stall = Stall::new(line.progress_wait());
+        while let Some(mut sealed) = line.sealed() {
+            line.check_stop()?;
+            sealed.open(&mut parcel).map_err(|error| WireError::of("TLS", error))?;
+            if parcel.is_done() {
+                return Ok(parcel);
+            }
+            if idle && parcel.done() == 0 {
+                stall.moved();
+            }
+            line.take_in(&mut sealed, &mut stall)?;
+        }
         while !parcel.is_done() {
             line.check_stop()?;
             self.syscalls += 1;

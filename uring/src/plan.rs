@@ -1,10 +1,13 @@
 //! What the caller decides about lanes before they start.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry_datapath::framing::hello::Ticket;
 use pageferry_datapath::ids::{LaneId, SessionId};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 
 use crate::{limits, placement};
 
@@ -68,6 +71,16 @@ pub struct LanePlan {
     pub bind: Option<SocketAddr>,
 }
 
+/// How lanes are encrypted.
+#[derive(Clone, Debug)]
+pub struct LaneTls {
+    /// What this side shows and believes. Where the kernel encrypts it keeps its keys for the whole
+    /// lane, so the cipher has to bear what a lane may carry: the caller knows how much that is.
+    pub config: Arc<ClientConfig>,
+    /// Whom the target's certificate has to name.
+    pub name: ServerName<'static>,
+}
+
 /// How a source opens its lanes.
 #[derive(Clone, Debug)]
 pub struct ConnectPlan {
@@ -83,6 +96,8 @@ pub struct ConnectPlan {
     pub path: PathWish,
     /// How the sockets are tuned.
     pub tuning: SocketTuning,
+    /// TLS on each lane.
+    pub tls: Option<LaneTls>,
     /// Connecting, hello and reply of one lane.
     pub connect_wait: Duration,
     /// A lane without progress for this long has failed.
@@ -100,6 +115,7 @@ impl ConnectPlan {
             zero_copy: ZeroCopyWish::Try,
             path: PathWish::Auto,
             tuning: SocketTuning::default(),
+            tls: None,
             connect_wait: limits::CONNECT_WAIT_MAX,
             progress_wait: limits::PROGRESS_WAIT_MAX,
         }

@@ -46,6 +46,7 @@ impl Tally {
             moved_bytes: self.moved_bytes,
             zero_bytes: self.zero_bytes,
             wire_bytes: self.wire_bytes,
+            sealing: None,
             syscalls,
             cpu_ns: sys::thread_cpu_ns(),
             batch_ns: self.batch_ns,

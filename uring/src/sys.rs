@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, types};
 use pageferry_datapath::framing::{HEADER_BYTES, HeaderBytes};
-use pageferry_datapath::region::Lease;
+use pageferry_datapath::region::{Lease, RegionError};
 
 use crate::limits::IOVECS_MAX;
 
@@ -115,6 +115,62 @@ impl Parcel {
         assert!(self.done <= self.total, "the kernel moved more than it was given");
     }
 
+    /// Bytes not moved yet.
+    pub(crate) fn left(&self) -> usize {
+        self.total - self.done
+    }
+
+    /// Copies what comes next of it into `into`, as much as that holds, and counts it as moved.
+    pub(crate) fn gather(&mut self, into: &mut [u8]) -> usize {
+        let mut count = 0;
+        self.walk(into.len(), |piece, from, len| {
+            let into = &mut into[count..count + len];
+            match piece {
+                Piece::Header(header) => into.copy_from_slice(&header[from..from + len]),
+                Piece::Lease(lease) => inside(lease.copy_out(from as u64, into)),
+            }
+            count += len;
+        });
+        count
+    }
+
+    /// Copies `bytes` to where what comes next of it belongs, and counts them as moved.
+    pub(crate) fn scatter(&mut self, bytes: &[u8]) {
+        let mut count = 0;
+        self.walk(bytes.len(), |piece, from, len| {
+            let bytes = &bytes[count..count + len];
+            match piece {
+                Piece::Header(header) => header[from..from + len].copy_from_slice(bytes),
+                Piece::Lease(lease) => inside(lease.copy_in(from as u64, bytes)),
+            }
+            count += len;
+        });
+    }
+
+    /// Goes over the next `most` bytes not yet moved, piece by piece.
+    fn walk(&mut self, most: usize, mut each: impl FnMut(Piece<'_>, usize, usize)) {
+        let (mut skip, mut room) = (self.done, most.min(self.left()));
+        self.done += room;
+        let pieces = self.leases.len() + 1;
+        for index in 0..pieces {
+            let lease = match self.order {
+                Order::HeaderFirst => index.checked_sub(1),
+                Order::HeaderLast => Some(index).filter(|index| index + 1 < pieces),
+            };
+            let len = lease.map_or(HEADER_BYTES, |at| self.leases[at].extent().len as usize);
+            let taken = (len - skip.min(len)).min(room);
+            if taken > 0 {
+                let piece = match lease {
+                    None => Piece::Header(&mut self.header),
+                    Some(at) => Piece::Lease(&self.leases[at]),
+                };
+                each(piece, skip, taken);
+                room -= taken;
+            }
+            skip -= skip.min(len);
+        }
+    }
+
     /// Points the iovecs at everything not yet moved.
     fn arm(&mut self) -> &mut libc::msghdr {
         let header = (self.header.as_mut_ptr(), HEADER_BYTES);
@@ -138,6 +194,16 @@ impl Parcel {
         self.msg.msg_iovlen = count;
         &mut self.msg
     }
+}
+
+/// What a parcel is made of.
+enum Piece<'a> {
+    Header(&'a mut HeaderBytes),
+    Lease(&'a Lease),
+}
+
+fn inside(copied: Result<(), RegionError>) {
+    copied.expect("a piece of a lease lies inside it");
 }
 
 impl fmt::Debug for Parcel {

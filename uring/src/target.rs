@@ -15,6 +15,7 @@ use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
 use pageferry_datapath::priority::GivesWay;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::zero::{self, Sorted};
+use rustls::Connection;
 
 use crate::plan::{TargetLaneConfig, ZeroCopyWish};
 use crate::socket;
@@ -22,6 +23,21 @@ use crate::stats::{Tally, record};
 use crate::sys::{Order, Parcel};
 use crate::wire::{Line, Wire, WireError};
 use crate::worker::{Start, Worker};
+
+/// A connection whose hello was accepted.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The connection.
+    pub stream: TcpStream,
+    /// Its TLS, if it is encrypted; nothing that was received is left in it.
+    pub tls: Option<Box<Connection>>,
+}
+
+impl From<TcpStream> for Accepted {
+    fn from(stream: TcpStream) -> Self {
+        Self { stream, tls: None }
+    }
+}
 
 /// One admitted lane and its worker. Dropping it fences it.
 #[derive(Debug)]
@@ -35,14 +51,18 @@ impl TargetLane {
     /// Starts receiving into `memory` on a connection whose hello was accepted. The first frame
     /// may have arrived already.
     pub fn start(
-        stream: TcpStream,
+        accepted: impl Into<Accepted>,
         lane: LaneId,
         memory: GuestMemory,
         config: &TargetLaneConfig,
         events: Sender<LaneEvent>,
     ) -> Result<Self, LaneError> {
+        let Accepted { stream, tls } = accepted.into();
         let line = socket::tune(&stream, config.tuning)
-            .and_then(|()| Line::new(stream, config.progress_wait))
+            .and_then(|()| match tls {
+                None => Line::new(stream, config.progress_wait),
+                Some(tls) => Line::encrypted(stream, tls, config.progress_wait),
+            })
             .map_err(|source| LaneError::Host { lane, call: "setsockopt", source })?;
         let line = Arc::new(line);
         let zero_copy = ZeroCopyWish::Not("a target sends nothing");

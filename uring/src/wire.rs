@@ -7,16 +7,20 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use pageferry_datapath::framing::ACK_BYTES;
 use pageferry_datapath::ids::LaneId;
-use pageferry_datapath::lane::{LaneError, LanePath, LaneStats, ZeroCopy};
+use pageferry_datapath::lane::{LaneError, LanePath, LaneStats, SealedBy, Sealing, ZeroCopy};
+use rustls::Connection;
 
+use crate::kernel_tls;
 use crate::plain::PlainWire;
 use crate::plan::{PathWish, ZeroCopyWish};
 use crate::ring::RingWire;
+use crate::sealed::Sealed;
 use crate::stats::Tally;
 use crate::sys::{self, Parcel};
 
@@ -69,6 +73,22 @@ pub(crate) struct Line {
     socket: TcpStream,
     stopping: AtomicBool,
     progress_wait: Duration,
+    tls: Tls,
+}
+
+/// How a line is encrypted.
+#[derive(Debug)]
+enum Tls {
+    None,
+    /// By the socket itself.
+    Kernel {
+        suite: &'static str,
+    },
+    /// By whoever uses the socket, for want of a kernel that does.
+    Process {
+        sealed: Box<Mutex<Sealed>>,
+        why: String,
+    },
 }
 
 impl Line {
@@ -78,7 +98,63 @@ impl Line {
         let tick = (progress_wait / 2).max(Duration::from_millis(1));
         socket.set_read_timeout(Some(tick))?;
         socket.set_write_timeout(Some(tick))?;
-        Ok(Self { socket, stopping: AtomicBool::new(false), progress_wait })
+        let stopping = AtomicBool::new(false);
+        Ok(Self { socket, stopping, progress_wait, tls: Tls::None })
+    }
+
+    /// The same for a connection whose TLS handshake is complete: the kernel goes on with it where
+    /// it can, this process where not.
+    pub(crate) fn encrypted(
+        socket: TcpStream,
+        tls: Box<Connection>,
+        progress_wait: Duration,
+    ) -> io::Result<Self> {
+        let mut line = Self::new(socket, progress_wait)?;
+        line.tls = match kernel_tls::prepare(&line.socket) {
+            Ok(()) => {
+                let suite = tls.negotiated_cipher_suite().and_then(|it| it.suite().as_str());
+                kernel_tls::install(&line.socket, *tls)?;
+                Tls::Kernel { suite: suite.unwrap_or("TLS 1.3") }
+            }
+            Err(errno) => Tls::Process {
+                sealed: Box::new(Mutex::new(Sealed::new(tls))),
+                why: format!("the kernel has no TLS for sockets: {}", errno.desc()),
+            },
+        };
+        Ok(line)
+    }
+
+    /// Whether what leaves it is encrypted.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        !matches!(self.tls, Tls::None)
+    }
+
+    /// TLS that whoever uses the socket has to go through.
+    pub(crate) fn sealed(&self) -> Option<MutexGuard<'_, Sealed>> {
+        match &self.tls {
+            Tls::Process { sealed, .. } => {
+                Some(sealed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+            }
+            _ => None,
+        }
+    }
+
+    fn sealing(&self) -> Option<Sealing> {
+        match &self.tls {
+            Tls::None => None,
+            Tls::Kernel { suite } => Some(Sealing {
+                by: SealedBy::Kernel,
+                reason: "the kernel can".into(),
+                suite: (*suite).into(),
+                ns: 0,
+            }),
+            Tls::Process { why, .. } => self.sealed().map(|sealed| Sealing {
+                by: SealedBy::Process,
+                reason: why.clone(),
+                suite: sealed.suite().into(),
+                ns: sealed.spent().as_nanos() as u64,
+            }),
+        }
     }
 
     pub(crate) fn socket(&self) -> &TcpStream {
@@ -134,6 +210,10 @@ impl Line {
     /// Sends a barrier's acknowledgement.
     pub(crate) fn send_ack(&self, ack: &[u8; ACK_BYTES]) -> Result<(), WireError> {
         let mut stall = Stall::new(self.progress_wait);
+        if let Some(mut sealed) = self.sealed() {
+            sealed.seal_bytes(ack).map_err(|error| WireError::of("TLS", error))?;
+            return self.flush(&mut sealed, &mut stall);
+        }
         let mut left = &ack[..];
         while !left.is_empty() {
             self.check_stop()?;
@@ -155,6 +235,14 @@ impl Line {
         let mut done = 0;
         while done < ACK_BYTES {
             self.check_stop()?;
+            if let Some(mut sealed) = self.sealed() {
+                let opened = sealed.open_bytes(&mut ack[done..]);
+                done += opened.map_err(|error| WireError::of("TLS", error))?;
+                if done < ACK_BYTES {
+                    self.take_in(&mut sealed, &mut stall)?;
+                }
+                continue;
+            }
             match (&self.socket).read(&mut ack[done..]) {
                 Ok(0) => return Err(WireError::PeerClosed),
                 Ok(bytes) => {
@@ -165,6 +253,30 @@ impl Line {
             }
         }
         Ok(ack)
+    }
+
+    /// Sends everything that was sealed.
+    pub(crate) fn flush(&self, sealed: &mut Sealed, stall: &mut Stall) -> Result<(), WireError> {
+        while sealed.must_flush() {
+            self.check_stop()?;
+            match sealed.flush(&self.socket) {
+                Ok(_) => stall.moved(),
+                Err(error) => stall.forgive("send", error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what comes next, if anything does before the tick.
+    pub(crate) fn take_in(&self, sealed: &mut Sealed, stall: &mut Stall) -> Result<(), WireError> {
+        match sealed.take_in(&self.socket) {
+            Ok(0) => Err(WireError::PeerClosed),
+            Ok(_) => {
+                stall.moved();
+                Ok(())
+            }
+            Err(error) => stall.forgive("recv", error),
+        }
     }
 }
 
@@ -300,11 +412,12 @@ impl Wire {
     /// any more. The line was hung up before.
     pub(crate) fn finish(self, line: &Line, tally: Tally, cpu: Option<usize>) -> LaneStats {
         let Self { means, reason } = self;
-        match means {
+        let mut stats = match means {
             Means::Plain(wire) => {
                 let why = "plain sockets copy".to_owned();
                 let path = (LanePath::TcpPlain, reason);
-                tally.finish(path, (ZeroCopy::Off, why), cpu, wire.syscalls())
+                let syscalls = wire.syscalls() + line.sealed().map_or(0, |it| it.calls());
+                tally.finish(path, (ZeroCopy::Off, why), cpu, syscalls)
             }
             Means::Ring(mut wire, wish) => {
                 wire.settle(line);
@@ -317,6 +430,8 @@ impl Wire {
                 let (zero_copy, syscalls) = ((wire.zero_copy(), why), wire.syscalls());
                 tally.finish((LanePath::TcpUring, reason), zero_copy, cpu, syscalls)
             }
-        }
+        };
+        stats.sealing = line.sealing();
+        stats
     }
 }

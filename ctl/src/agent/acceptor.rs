@@ -7,9 +7,11 @@ use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use pageferry_datapath::framing::hello::{Greeting, Hello, Refusal, Reply};
-use pageferry_uring::greet;
+use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, Hello, Refusal, Reply};
 use pageferry_uring::limits::GREETING_WAIT_MAX;
+use pageferry_uring::target::Accepted;
+use pageferry_uring::{greet, handshake};
+use rustls::Connection;
 
 use super::failure;
 use super::tls::{Channel, Door, Greeted, TlsError};
@@ -38,6 +40,7 @@ pub enum Arrival {
 pub struct ArrivingLane {
     stream: TcpStream,
     hello: Hello,
+    tls: Option<Box<Connection>>,
 }
 
 impl ArrivingLane {
@@ -46,15 +49,26 @@ impl ArrivingLane {
         &self.hello
     }
 
+    /// Whether it came in through TLS.
+    pub fn is_encrypted(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// Refuses it.
     pub fn refuse(self, refusal: Refusal) {
         let _closed_either_way = self.reply(Reply::Refused(refusal));
     }
 
-    /// Replies; the stream, unless the peer is gone.
-    pub fn reply(self, reply: Reply) -> Option<TcpStream> {
-        greet::send_reply(&self.stream, reply, Instant::now() + GREETING_WAIT_MAX).ok()?;
-        Some(self.stream)
+    /// Replies; the connection, unless the peer is gone.
+    pub fn reply(mut self, reply: Reply) -> Option<Accepted> {
+        let deadline = Instant::now() + GREETING_WAIT_MAX;
+        match &mut self.tls {
+            None => greet::send_reply(&self.stream, reply, deadline).ok()?,
+            Some(tls) => {
+                handshake::write_all(&self.stream, tls, &reply.encode(), deadline).ok()?;
+            }
+        }
+        Some(Accepted { stream: self.stream, tls: self.tls })
     }
 }
 
@@ -149,16 +163,31 @@ fn greet(stream: TcpStream, from: SocketAddr, door: &Door) -> Arrival {
         }
         Ok(Greeting::Tls) => match door.shake_hands(stream, deadline) {
             Ok(Greeted::Control(channel)) => return Arrival::Control(channel),
-            Ok(Greeted::Lane(..)) => return stranger("no lane is encrypted here".into()),
+            Ok(Greeted::Lane(stream, tls)) => {
+                return encrypted_lane(stream, tls, deadline).unwrap_or_else(stranger);
+            }
             Err(error) => return stranger(with_hint(&error)),
         },
         Ok(Greeting::Lane) => greet::read_hello(&stream, deadline),
         Err(error) => Err(error),
     };
     match hello {
-        Ok(hello) => Arrival::Lane(ArrivingLane { stream, hello }),
+        Ok(hello) => Arrival::Lane(ArrivingLane { stream, hello, tls: None }),
         Err(error) => stranger(failure::chain("", &error)),
     }
+}
+
+/// A lane's hello inside TLS.
+fn encrypted_lane(
+    stream: TcpStream,
+    mut tls: Box<Connection>,
+    deadline: Instant,
+) -> Result<Arrival, String> {
+    let mut hello = [0; HELLO_BYTES];
+    handshake::read_exact(&stream, &mut tls, &mut hello, deadline)
+        .map_err(|error| failure::chain("an encrypted lane", &error))?;
+    let hello = Hello::decode(&hello).map_err(|error| failure::chain("", &error))?;
+    Ok(Arrival::Lane(ArrivingLane { stream, hello, tls: Some(tls) }))
 }
 
 fn with_hint(error: &TlsError) -> String {

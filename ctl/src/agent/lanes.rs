@@ -13,7 +13,7 @@ use pageferry_datapath::lane::{LaneEvent, LanePath, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_uring::plan::{
-    ConnectPlan, LanePlan, PathWish, SocketTuning, TargetLaneConfig, ZeroCopyWish,
+    ConnectPlan, LanePlan, LaneTls, PathWish, SocketTuning, TargetLaneConfig, ZeroCopyWish,
 };
 use pageferry_uring::source::LanePool;
 
@@ -61,6 +61,10 @@ pub struct LaneChoice {
     pub path: PathWish,
     /// Whether to send from guest memory without copying.
     pub zero_copy: ZeroCopyWish,
+    /// They are encrypted, or there are none.
+    pub encrypt: bool,
+    /// Source: how, once it knows the target.
+    pub tls: Option<LaneTls>,
 }
 
 impl LaneChoice {
@@ -101,8 +105,9 @@ impl LaneChoice {
 }
 
 /// Why there is no RDMA, as far as this side knows before it asks the other.
-pub fn no_rdma(transport: Transport) -> Option<String> {
+pub fn no_rdma(transport: Transport, encrypt: bool) -> Option<String> {
     match transport {
+        _ if encrypt => Some("encryption was asked for, and RDMA has none".into()),
         Transport::Tcp => Some("TCP was asked for".into()),
         Transport::Auto | Transport::Rdma => rdma::why_not(),
     }
@@ -187,6 +192,7 @@ pub fn open(
         },
         path: lanes.path,
         tuning: tuning(same_host),
+        tls: lanes.tls.clone(),
         ..ConnectPlan::new(address, session, plans.collect())
     };
     match LanePool::connect(&plan, memory.clone(), events) {

@@ -11,7 +11,7 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::server::WebPkiClientVerifier;
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{CipherSuite, ClientConfig, RootCertStore, ServerConfig};
 
 use super::certificate::{Certificate, date};
 use super::error::PkiError;
@@ -39,24 +39,46 @@ pub fn server(dir: &Path) -> Result<ServerConfig, PkiError> {
     config.alpn_protocols = vec![CONTROL.to_vec(), LANE.to_vec()];
     // Nothing follows the handshake but records of ours: no session is resumed.
     config.send_tls13_tickets = 0;
+    // The kernel may take over a lane's.
+    config.enable_secret_extraction = true;
     Ok(config)
 }
 
 /// What a source shows and believes.
 pub fn client(dir: &Path) -> Result<ClientConfig, PkiError> {
+    client_with(dir, provider(), CONTROL)
+}
+
+/// The same for its lanes, whose keys the kernel may take over; with or without ciphers whose keys
+/// wear out.
+pub fn client_for_lanes(dir: &Path, aes: bool) -> Result<ClientConfig, PkiError> {
+    let mut provider = ring::default_provider();
+    let lasting = CipherSuite::TLS13_CHACHA20_POLY1305_SHA256;
+    provider.cipher_suites.retain(|suite| aes || suite.suite() == lasting);
+    let mut config = client_with(dir, Arc::new(provider), LANE)?;
+    config.enable_secret_extraction = true;
+    Ok(config)
+}
+
+fn client_with(
+    dir: &Path,
+    provider: Arc<CryptoProvider>,
+    protocol: &[u8],
+) -> Result<ClientConfig, PkiError> {
     let layout = Layout::of(dir);
     let parts = Parts::read(&layout, End::Client)?;
     let tls = |source| PkiError::Tls { dir: dir.into(), source };
-    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(parts.roots), provider())
+    let roots = Arc::new(parts.roots);
+    let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider))
         .with_crls(layout::revocations(&layout.revoked())?)
         .build()
         .map_err(|error| tls(rustls::Error::General(error.to_string())))?;
-    let mut config = ClientConfig::builder_with_provider(provider())
+    let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(tls)?
         .with_webpki_verifier(verifier)
         .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(parts.own)));
-    config.alpn_protocols = vec![CONTROL.to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     config.resumption = rustls::client::Resumption::disabled();
     Ok(config)
 }

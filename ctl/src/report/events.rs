@@ -296,8 +296,15 @@ pub struct Secured {
     pub cipher_suite: Option<String>,
     /// Whom the target's certificate names.
     pub peer: Option<String>,
-    /// The lanes: `clear` or `tls`.
+    /// The lanes: `clear`, `tls-kernel` or `tls-process`, by who encrypts.
     pub lanes: String,
+    /// With which cipher, and why there.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub lanes_reason: Option<String>,
+    /// What encrypting cost the source's processors, all lanes together, with the copy that it
+    /// takes; null where the kernel does it, which counts it to the lanes.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub sealing_seconds: Option<f64>,
     /// Why it is not secure although it left this host.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub warning: Option<String>,

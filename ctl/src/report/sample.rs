@@ -29,6 +29,8 @@ pub(super) fn summary() -> Summary {
             cipher_suite: Some("TLS13_AES_256_GCM_SHA384".into()),
             peer: Some("host-b (host-b, 10.0.0.2)".into()),
             lanes: "clear".into(),
+            lanes_reason: None,
+            sealing_seconds: None,
             warning: None,
         }),
         tracker: Some("uffd-one-phase".into()),

@@ -48,7 +48,12 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
         rows.push(("transport", format!("{path}{}", reason(&summary.transport_reason))));
     }
     if let Some(secured) = &summary.security {
-        rows.extend(security(secured).into_iter().zip(["security", ""]).map(|(v, n)| (n, v)));
+        rows.extend(
+            security(secured, summary.moved_bytes)
+                .into_iter()
+                .zip(["security", ""])
+                .map(|(v, n)| (n, v)),
+        );
     }
     if let Some(tracker) = &summary.tracker {
         rows.push(("tracker", format!("{tracker}{}", reason(&summary.tracker_reason))));
@@ -91,18 +96,32 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
     rows
 }
 
-fn security(secured: &Secured) -> Vec<String> {
+fn security(secured: &Secured, moved_bytes: u64) -> Vec<String> {
     let control = match (&secured.peer, &secured.warning) {
         (Some(peer), _) => format!("TLS 1.3, the target is {peer}"),
         (None, Some(_)) => "NONE (--insecure): nobody knows who was on the other side".into(),
         (None, None) => "none: it did not leave this host".into(),
     };
     let lanes = match secured.lanes.as_str() {
-        "tls" => Some("guest memory by TLS too"),
-        _ if secured.peer.is_some() => Some("guest memory in the clear, lanes by one-time ticket"),
+        "tls-kernel" => Some("guest memory encrypted by the kernel".into()),
+        "tls-process" => Some(format!("guest memory encrypted{}", cost(secured, moved_bytes))),
+        _ if secured.peer.is_some() => {
+            Some("guest memory in the clear, lanes by one-time ticket".to_owned())
+        }
         _ => None,
     };
-    [control].into_iter().chain(lanes.map(String::from)).collect()
+    [control].into_iter().chain(lanes).collect()
+}
+
+fn cost(secured: &Secured, moved_bytes: u64) -> String {
+    let gib = moved_bytes as f64 / f64::from(1 << 30);
+    match secured.sealing_seconds {
+        Some(seconds) if gib >= 0.1 => {
+            format!(", which cost {seconds:.2} s here ({:.2} s per GiB)", seconds / gib)
+        }
+        Some(seconds) => format!(", which cost {seconds:.2} s here"),
+        None => String::new(),
+    }
 }
 
 fn cores(summary: &Summary) -> String {

@@ -141,6 +141,9 @@ pub struct LaneOffer {
     pub paths: Vec<LanePath>,
     /// Cores the source may use.
     pub cpus: u16,
+    /// They are encrypted, or not opened.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub encrypt: bool,
 }
 
 /// Times the target should know.

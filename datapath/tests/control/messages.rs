@@ -76,6 +76,7 @@ fn offer() -> Offer {
             count: None,
             paths: vec![LanePath::TcpUring, LanePath::TcpPlain],
             cpus: 2,
+            encrypt: false,
         },
         tracker: "uffd-two-phase".into(),
         target_qmp: Some("/run/target.qmp".into()),
@@ -175,8 +176,8 @@ fn any_region() -> impl Strategy<Value = RegionOffer> {
 }
 
 fn any_offer() -> impl Strategy<Value = Offer> {
-    let lanes = (option::of(any::<u16>()), vec(any_path(), 0..4), any::<u16>())
-        .prop_map(|(count, paths, cpus)| LaneOffer { count, paths, cpus });
+    let lanes = (option::of(any::<u16>()), vec(any_path(), 0..4), any::<u16>(), any::<bool>())
+        .prop_map(|(count, paths, cpus, encrypt)| LaneOffer { count, paths, cpus, encrypt });
     let names = (text(), text(), text(), option::of(text()));
     (vec(any_region(), 1..6), names, lanes, any::<bool>(), any::<u64>()).prop_map(
         |(regions, (monitor, machine, tracker, target_qmp), lanes, verify, downtime_ms)| Offer {

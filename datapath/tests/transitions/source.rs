@@ -118,7 +118,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
         }],
         monitor: String::new(),
         machine: String::new(),
-        lanes: LaneOffer { count: None, paths: vec![LanePath::TcpPlain], cpus: 1 },
+        lanes: LaneOffer { count: None, paths: vec![LanePath::TcpPlain], cpus: 1, encrypt: false },
         tracker: String::new(),
         target_qmp: None,
         verify,

@@ -2,15 +2,20 @@
 //!
 //! Runs once, on one short-lived thread per lane, so that many lanes cost one round trip.
 
+use std::net::TcpStream;
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-use pageferry_datapath::framing::hello::Hello;
+use pageferry_datapath::framing::FramingError;
+use pageferry_datapath::framing::hello::{Hello, REPLY_BYTES, Refusal, Reply};
 use pageferry_datapath::ids::LaneId;
-use pageferry_datapath::lane::LaneError;
+use pageferry_datapath::lane::{LaneError, LanePath};
+use rustls::{ClientConnection, Connection};
 
 use crate::greet::{self, GreetError};
-use crate::plan::{ConnectPlan, LanePlan};
+use crate::handshake::{self, HandshakeError};
+use crate::plan::{ConnectPlan, LanePlan, LaneTls};
 use crate::socket;
 use crate::wire::Line;
 
@@ -36,6 +41,23 @@ fn open(plan: &ConnectPlan, lane: &LanePlan) -> Result<Line, LaneError> {
         _ => LaneError::Host { lane: lane.lane, call: "connect", source },
     })?;
     let hello = Hello { session: plan.session, lane: lane.lane, ticket: lane.ticket };
+    if let Some(tls) = &plan.tls {
+        let tls = secure(&stream, tls, &hello, deadline).map_err(|error| match error {
+            NotSecured::Refused(refusal) => LaneError::Refused { lane: lane.lane, refusal },
+            NotSecured::Handshake(HandshakeError::Timeout) => timeout(lane.lane, plan),
+            NotSecured::Handshake(HandshakeError::PeerClosed) => {
+                LaneError::PeerClosed { lane: lane.lane }
+            }
+            NotSecured::Handshake(error) => LaneError::Transport {
+                lane: lane.lane,
+                path: LanePath::TcpPlain,
+                hint: None,
+                source: Box::new(error),
+            },
+            NotSecured::Reply(source) => LaneError::PeerMisbehaved { lane: lane.lane, source },
+        })?;
+        return Line::encrypted(stream, tls, plan.progress_wait).map_err(host("setsockopt"));
+    }
     greet::say_hello(&stream, &hello, deadline).map_err(|error| match error {
         GreetError::Timeout => timeout(lane.lane, plan),
         GreetError::PeerClosed => LaneError::PeerClosed { lane: lane.lane },
@@ -45,6 +67,34 @@ fn open(plan: &ConnectPlan, lane: &LanePlan) -> Result<Line, LaneError> {
         GreetError::Unknown => unreachable!("only peek_greeting says so"),
     })?;
     Line::new(stream, plan.progress_wait).map_err(host("setsockopt"))
+}
+
+/// Why a lane has no TLS, or no place at the target.
+enum NotSecured {
+    Handshake(HandshakeError),
+    Reply(FramingError),
+    Refused(Refusal),
+}
+
+/// Shakes hands, and says the hello inside TLS: the ticket is not seen on the way.
+fn secure(
+    stream: &TcpStream,
+    tls: &LaneTls,
+    hello: &Hello,
+    deadline: Instant,
+) -> Result<Box<Connection>, NotSecured> {
+    let failed = |source| NotSecured::Handshake(HandshakeError::Tls { source });
+    let client = ClientConnection::new(Arc::clone(&tls.config), tls.name.clone());
+    let mut tls = Box::new(Connection::from(client.map_err(failed)?));
+    handshake::complete(stream, &mut tls, deadline).map_err(NotSecured::Handshake)?;
+    handshake::write_all(stream, &mut tls, &hello.encode(), deadline)
+        .map_err(NotSecured::Handshake)?;
+    let mut reply = [0; REPLY_BYTES];
+    handshake::read_exact(stream, &mut tls, &mut reply, deadline).map_err(NotSecured::Handshake)?;
+    match Reply::decode(&reply).map_err(NotSecured::Reply)? {
+        Reply::Accepted => Ok(tls),
+        Reply::Refused(refusal) => Err(NotSecured::Refused(refusal)),
+    }
 }
 
 fn timeout(lane: LaneId, plan: &ConnectPlan) -> LaneError {

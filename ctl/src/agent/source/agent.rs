@@ -9,6 +9,7 @@ use pageferry_datapath::control::{Choice, Hello, LaneOffer, Message, Offer, Sour
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::lane::LaneEvent;
 use pageferry_datapath::source::{Command, Failure, Input, Phase, Source, SourceConfig};
+use pageferry_uring::plan::LaneTls;
 
 use super::super::digest_job::DigestJob;
 use super::super::failure;
@@ -16,6 +17,7 @@ use super::super::hold::Hold;
 use super::super::link::{Link, LinkError};
 use super::super::monitor::{SourceMonitor, StateStream};
 use super::super::record::{Decision, Record, Records, Role};
+use super::super::tls::{Security, TlsError};
 use super::mover::{Mover, Way};
 use super::state_relay::StateRelay;
 use super::tracking::Tracking;
@@ -55,6 +57,10 @@ impl<'a> Agent<'a> {
     ) -> Result<Self, Failure> {
         let link = Link::connect(&options.to, &options.caller, CONNECT_WITHIN)
             .map_err(|error| not_connected(&error))?;
+        let mut lanes = options.lanes.clone();
+        if lanes.encrypt {
+            lanes.tls = Some(lane_tls(options, &link, monitor)?);
+        }
         let records = Records::begin(
             &options.state_dir,
             Record {
@@ -86,7 +92,7 @@ impl<'a> Agent<'a> {
             hold: Hold::from_environment(),
             inputs,
             to_inputs,
-            mover: Mover::new(options.lanes.clone()),
+            mover: Mover::new(lanes),
             tracking: Tracking::default(),
             digest: None,
             state: Arc::default(),
@@ -136,6 +142,7 @@ impl<'a> Agent<'a> {
                     count: options.lanes.count,
                     paths: options.lanes.paths(),
                     cpus: options.lanes.cpus.len() as u16,
+                    encrypt: options.lanes.encrypt,
                 },
                 tracker: facts.tracker.0.clone(),
                 target_qmp: options.target_qmp.clone(),
@@ -391,6 +398,20 @@ impl<'a> Agent<'a> {
             total: self.started.elapsed(),
         }
     }
+}
+
+/// What lanes are encrypted with: the same certificates that the target was believed by.
+fn lane_tls(
+    options: &SourceOptions,
+    link: &Link,
+    monitor: &dyn SourceMonitor,
+) -> Result<LaneTls, Failure> {
+    let bytes = monitor.facts().regions.iter().map(|region| region.bytes).sum();
+    let tls = match link.security() {
+        Security::Tls { .. } => options.caller.lane_tls(&options.to, bytes),
+        Security::Loopback | Security::Insecure => Err(TlsError::NotEncrypted),
+    };
+    tls.map_err(|error| failure::host("encrypted lanes", &error, error.hint()))
 }
 
 fn not_connected(error: &LinkError) -> Failure {

@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
-use pageferry_datapath::control::{Choice, LaneTicket, Offer};
+use pageferry_datapath::control::{AbortReason, Choice, LaneTicket, Offer};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
@@ -34,6 +34,8 @@ pub(super) struct Intake {
     pub(super) same_host: bool,
     memory: GuestMemory,
     tickets: Option<Tickets>,
+    /// Lanes that are not encrypted are refused.
+    encrypted: bool,
     /// Of each lane, the core of its worker.
     cpus: Vec<Option<u16>>,
     lanes: Vec<Option<Taken>>,
@@ -56,6 +58,7 @@ impl Intake {
             same_host: false,
             memory: GuestMemory::default(),
             tickets: None,
+            encrypted: false,
             cpus: Vec::new(),
             lanes: Vec::new(),
             events,
@@ -123,6 +126,10 @@ impl Intake {
         mut tickets: Tickets,
     ) -> Result<Choice, Failure> {
         self.memory = memory;
+        self.encrypted = offer.lanes.encrypt;
+        if self.wanted.encrypt && !self.encrypted {
+            return Err(not_encrypted());
+        }
         let count = self.wanted.agree(&offer.lanes, self.same_host);
         let (path, no_rdma) = match self.offer_rdma(offer, at) {
             Ok(()) => (LanePath::Rdma, None),
@@ -162,6 +169,9 @@ impl Intake {
         if !offer.lanes.paths.contains(&LanePath::Rdma) {
             return Err("the source does not offer it".into());
         }
+        if self.encrypted {
+            return Err("the source encrypts its lanes, and RDMA has no encryption".into());
+        }
         if let Some(why) = &self.wanted.no_rdma {
             return Err(why.clone());
         }
@@ -181,6 +191,10 @@ impl Intake {
     /// Starts a lane whose ticket is one of this session's and was not used before. A lane over TCP
     /// where those over RDMA were chosen means that the source has done with them.
     pub(super) fn admit(&mut self, lane: ArrivingLane) -> Result<(), Failure> {
+        if self.encrypted && !lane.is_encrypted() {
+            lane.refuse(Refusal::Ticket);
+            return Ok(());
+        }
         let (index, cpu) = match self.may_enter(lane.hello()) {
             Ok(place) => place,
             Err(refusal) => {
@@ -255,5 +269,14 @@ impl Intake {
                 Taken::Rdma(lane) => drop(lane.fence()),
             }
         }
+    }
+}
+
+fn not_encrypted() -> Failure {
+    Failure {
+        reason: AbortReason::Refused,
+        by_peer: false,
+        text: "this target takes only encrypted lanes".into(),
+        hint: Some("start the source with --encrypt too".into()),
     }
 }

@@ -6,12 +6,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry_uring::handshake::{self, HandshakeError};
+use pageferry_uring::plan::LaneTls;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, Connection};
+use rustls::{ClientConnection, Connection};
 
 use super::{ADMITTED, Channel, Security, TlsError};
 use crate::pki::credentials;
 use crate::pki::layout::{End, Layout, default_dir};
+
+/// Guest memory of which one lane may carry all, several times over, under one AES-GCM key: that
+/// bears 2^24 records of 16 KiB (RFC 8446, 5.5), and ChaCha20 more than any lane sends.
+const AES_BYTES_MAX: u64 = 32 << 30;
 
 /// What the source was told about whom to believe.
 #[derive(Clone, Debug, Default)]
@@ -40,7 +45,7 @@ impl Caller {
         if loopback && self.tls_dir.is_none() {
             return Ok(Channel::plain(stream, Security::Loopback));
         }
-        let config = self.config(address)?;
+        let config = credentials::client(&self.dir(address)?)?;
         let tls =
             ClientConnection::new(Arc::new(config), self.name(address)?).map_err(|source| {
                 TlsError::Handshake { peer: "target", error: HandshakeError::Tls { source } }
@@ -57,16 +62,27 @@ impl Caller {
         Ok(Channel::tls(stream, tls))
     }
 
-    /// What this host shows and believes.
-    fn config(&self, address: &str) -> Result<ClientConfig, TlsError> {
-        let dir = self.tls_dir.clone().unwrap_or_else(default_dir);
-        if self.tls_dir.is_none()
-            && let Err(source) = Layout::of(&dir).require(End::Client)
-        {
-            let (address, source) = (address.to_owned(), Box::new(source));
-            return Err(TlsError::NoCertificates { address, dir, source });
+    /// What lanes are encrypted with, to the target that was believed before. Of more guest memory
+    /// than a lane may carry under one AES key, none is sent under such a key.
+    pub fn lane_tls(&self, address: &str, guest_bytes: u64) -> Result<LaneTls, TlsError> {
+        let dir = self.dir(address)?;
+        let config = credentials::client_for_lanes(&dir, guest_bytes <= AES_BYTES_MAX)?;
+        Ok(LaneTls { config: Arc::new(config), name: self.name(address)? })
+    }
+
+    /// Where this host's certificates are.
+    fn dir(&self, address: &str) -> Result<PathBuf, TlsError> {
+        if let Some(dir) = &self.tls_dir {
+            return Ok(dir.clone());
         }
-        Ok(credentials::client(&dir)?)
+        let dir = default_dir();
+        match Layout::of(&dir).require(End::Client) {
+            Ok(()) => Ok(dir),
+            Err(source) => {
+                let (address, source) = (address.to_owned(), Box::new(source));
+                Err(TlsError::NoCertificates { address, dir, source })
+            }
+        }
     }
 
     /// Whom the target's certificate has to name.

@@ -25,6 +25,9 @@ pub enum TlsError {
         /// As it was given.
         name: String,
     },
+    /// Encrypted lanes were asked for where nobody knows who is on the other side.
+    #[error("the control connection has no TLS")]
+    NotEncrypted,
     /// An address that is not this host's, and no certificates.
     #[error("no certificates, and {address} is not loopback")]
     NoCertificates {
@@ -49,6 +52,9 @@ impl TlsError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Own(error) => error.hint(),
+            Self::NotEncrypted => {
+                Some("give both sides certificates: `pageferry pki issue`, --tls-dir".into())
+            }
             Self::Name { .. } => Some("say with --tls-hostname whom the certificate names".into()),
             Self::NoCertificates { dir, .. } => Some(format!(
                 "`pageferry pki init` and `pageferry pki issue HOST` make what belongs into {}; \

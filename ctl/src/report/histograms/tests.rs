@@ -58,6 +58,7 @@ fn what_lanes_and_scans_counted_is_all_there() {
         moved_bytes: 1,
         zero_bytes: 0,
         wire_bytes: 1,
+        sealing: None,
         syscalls: 1,
         cpu_ns: 1,
         barrier_ns: batch_ns.clone(),
