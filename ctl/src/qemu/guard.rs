@@ -7,6 +7,7 @@
 //! lets the guest go on: unless the session's record says that it was handed over. Then nobody here
 //! can know whose it is, and it stays paused.
 
+use std::fs::File;
 use std::io::{BufRead, Write, stdin};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -133,6 +134,16 @@ fn take_over(charge: &Charge, paused: bool) -> Exit {
             );
             return Exit::HandoverUncertain;
         }
+    }
+    // What was read may be on its way to the disk yet: should this host lose its power once the guest
+    // runs, nobody may find a record there that gives it away.
+    if let Err(error) = File::open(record).and_then(|file| file.sync_all()) {
+        eprintln!(
+            "error: the source agent ended unexpectedly: {}: {error}: the guest stays as it is \
+             here\nhint: {by_hand}, then `cont`",
+            record.display()
+        );
+        return Exit::HandoverUncertain;
     }
     let settled = Qmp::connect(qmp).map_err(|error| error.to_string()).and_then(|qmp| {
         let cancelled = device_state::cancel(&qmp, Instant::now() + STATE_TIMEOUT);
