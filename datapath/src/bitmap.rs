@@ -26,7 +26,7 @@ use crate::ids::RegionIndex;
 const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Which pages of one region are dirty.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct DirtyBitmap {
     pages: u64,
     page_bytes: u64,

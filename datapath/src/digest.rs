@@ -13,7 +13,7 @@ use crate::ids::RegionIndex;
 pub const CHUNK_BYTES: u64 = 1 << 20;
 
 /// The digest of all regions of a guest: xxh3-64 per chunk, 0 for a chunk of zeros.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct MemoryDigest {
     regions: Vec<Vec<u64>>,
 }

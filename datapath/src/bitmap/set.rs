@@ -8,7 +8,7 @@ use crate::ids::RegionIndex;
 use crate::region::{GuestMemory, RegionError};
 
 /// One [`DirtyBitmap`] per region, by the region's index.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct DirtySet {
     bitmaps: Vec<DirtyBitmap>,
 }

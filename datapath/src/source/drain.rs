@@ -20,7 +20,7 @@ use super::state::{Context, State};
 use crate::bitmap::DirtySet;
 
 /// What may have changed unseen.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Drain {
     /// Everything reported since the last drain point.
     pub(super) reported: DirtySet,

@@ -8,7 +8,7 @@ use crate::digest::MemoryDigest;
 use crate::ids::RoundIndex;
 
 /// Something that completed, arrived, or went wrong.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Input {
     /// A control message from the target.
     Message(Message),
@@ -143,7 +143,7 @@ impl Input {
 /// What the agent is to do. Carried out in the order given; each answers with its input, or with
 /// [`Input::Failed`]. [`Command::Release`], [`Command::Retract`] and [`Command::Unwind`] never fail:
 /// their answers say how far they came.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Command {
     /// Send this to the target.
     Send(Message),
@@ -197,8 +197,16 @@ pub struct Failure {
     pub hint: Option<String>,
 }
 
+/// The words in which something is told decide nothing: two failures that differ in no more are
+/// one to who searches the states.
+impl std::hash::Hash for Failure {
+    fn hash<H: std::hash::Hasher>(&self, hasher: &mut H) {
+        self.by_peer.hash(hasher);
+    }
+}
+
 /// How a migration ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The guest runs at the target.
     Migrated,
@@ -212,7 +220,7 @@ pub enum Outcome {
 }
 
 /// Where a failure leaves the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FailureKind {
     /// Refused before the guest was touched: it runs at the source.
     Refused,

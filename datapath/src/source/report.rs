@@ -7,7 +7,7 @@ use crate::control::Running;
 use crate::ids::RoundIndex;
 
 /// One round, for the report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RoundReport {
     /// Which round.
     pub round: RoundIndex,

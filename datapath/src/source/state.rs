@@ -1,5 +1,6 @@
 //! The source's states, and the one function that takes a migration from one to the next.
 
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 use super::drain::Drain;
@@ -28,7 +29,7 @@ pub struct SourceConfig {
     pub drain: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum State {
     Greeting,
     Offering,
@@ -84,7 +85,7 @@ pub(super) enum State {
 }
 
 /// A round on its way.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub(super) struct Round {
     pub(super) round: RoundIndex,
     pub(super) bytes: u64,
@@ -128,14 +129,14 @@ impl State {
 }
 
 /// The source's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Source {
     state: State,
     context: Context,
 }
 
 /// What outlives a state.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Context {
     pub(super) config: SourceConfig,
     pub(super) report: SourceReport,
@@ -204,6 +205,16 @@ impl Source {
             State::Spacing { until } => Some(until),
             _ => self.context.give_up_at(&self.state),
         }
+    }
+
+    /// Feeds `hasher` with what decides what this source does from here on, and not with what only
+    /// tells how it came here: two sources that agree in it, given the same inputs at the same
+    /// times after they entered their phase, do the same.
+    pub fn hash_future(&self, hasher: &mut impl Hasher) {
+        let it = &self.context;
+        self.state.hash(hasher);
+        (it.rounds, it.closing, it.scanning, it.fixed, it.last_scan).hash(hasher);
+        (it.best_left, it.stalled, it.spacing, &it.drain, &it.report.rounds).hash(hasher);
     }
 
     /// Takes one input and says what to do next.

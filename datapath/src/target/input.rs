@@ -9,7 +9,7 @@ use crate::ids::RoundIndex;
 use crate::source::Failure;
 
 /// Something that completed, arrived, or went wrong.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Input {
     /// A control message from the source.
     Message(Message),
@@ -126,7 +126,7 @@ impl Input {
 /// What the agent is to do. Carried out in the order given; each answers with its input, or with
 /// [`Input::Failed`]; [`Command::Unwind`] never fails, and [`Command::Resume`] has its own answer for
 /// that.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Command {
     /// Send this to the source.
     Send(Message),
@@ -161,7 +161,7 @@ pub enum Command {
 }
 
 /// How a migration ended for the target.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The guest runs here.
     Runs,

@@ -8,7 +8,7 @@ use crate::ids::RoundIndex;
 use crate::source::Failure;
 
 /// Memory on its way in.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Receiving {
     /// Pages whose bytes here are older than the guest's: all of them until the first round has
     /// closed, then what was announced by a round not yet closed.
@@ -29,14 +29,14 @@ pub(super) struct Receiving {
 }
 
 /// Something that the source asks for once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Asked {
     NotYet,
     OnItsWay,
     Done,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Current {
     round: RoundIndex,
     pages: DirtySet,

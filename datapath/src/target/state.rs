@@ -1,5 +1,6 @@
 //! The target's states and what each makes of its inputs.
 
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 use super::input::{Command, Input, Outcome};
@@ -48,7 +49,7 @@ impl Phase {
     ];
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum State {
     Greeting,
     Offered,
@@ -78,7 +79,7 @@ impl State {
 }
 
 /// The target's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Target {
     state: State,
     config: TargetConfig,
@@ -123,6 +124,12 @@ impl Target {
     /// When to come back with [`Input::Tick`], if nothing else happens before.
     pub fn deadline(&self) -> Option<Duration> {
         limits::target_phase_max(self.phase()).map(|max| self.entered + max)
+    }
+
+    /// Feeds `hasher` with what decides what this target does from here on, as the source's
+    /// [`hash_future`](crate::source::Source::hash_future).
+    pub fn hash_future(&self, hasher: &mut impl Hasher) {
+        self.state.hash(hasher);
     }
 
     /// Takes one input and says what to do next. Never fails: what goes wrong ends the attempt.
