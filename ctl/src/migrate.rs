@@ -9,7 +9,7 @@ use pageferry_datapath::source::{Failure, FailureKind, Outcome, Phase, RoundRepo
 use pageferry_uring::plan::{PathWish, ZeroCopyWish};
 
 use crate::agent::lanes::{self, LaneChoice, Transport};
-use crate::agent::monitor::GuestFacts;
+use crate::agent::monitor::{GuestFacts, SourceMonitor};
 use crate::agent::source::{self, SourceOptions, SourceResult, Watch};
 use crate::agent::tls::{Caller, Security};
 use crate::cli::{CpuList, MigrateArgs, NotConverging, ZeroCopyChoice};
@@ -25,12 +25,21 @@ use crate::report::timeline::{Timeline, ms, per_second};
 
 /// Runs the subcommand.
 pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporter) -> Exit {
+    match QemuSource::inspect(&args.qmp, args.scan) {
+        Ok(mut monitor) => run_with(&mut monitor, args, cancel, reporter),
+        Err(failure) => refused(failure, reporter),
+    }
+}
+
+/// The same for the guest of any monitor; what `args` say of QEMU is not looked at.
+pub fn run_with(
+    monitor: &mut dyn SourceMonitor,
+    args: &MigrateArgs,
+    cancel: &Receiver<()>,
+    reporter: &mut dyn Reporter,
+) -> Exit {
     let mut options = options(args);
-    let mut monitor = match QemuSource::inspect(&args.qmp, args.scan) {
-        Ok(monitor) => monitor,
-        Err(failure) => return refused(failure, reporter),
-    };
-    let facts = crate::agent::monitor::SourceMonitor::facts(&monitor).clone();
+    let facts = monitor.facts().clone();
     if let (None, Some(what)) = (&options.lanes.no_rdma, &facts.gives_memory_back) {
         // A page that a device has pinned stays the device's when the guest gets another for it.
         options.lanes.no_rdma = Some(format!("{what} may give memory back that RDMA has pinned"));
@@ -45,7 +54,7 @@ pub fn run(args: &MigrateArgs, cancel: &Receiver<()>, reporter: &mut dyn Reporte
         eprintln!("warning: {warning}");
     }
     let mut told = Told::default();
-    let result = source::run(&options, &mut monitor, cancel, &mut |watch| {
+    let result = source::run(&options, monitor, cancel, &mut |watch| {
         told.tell(watch, &facts, &options, reporter);
         reporter.progress(watch);
     });

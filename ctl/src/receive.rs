@@ -1,6 +1,7 @@
 //! `pageferry target`: the target agent with its messages and exit code.
 
 use crossbeam_channel::Receiver;
+use pageferry_datapath::control::Offer;
 use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::Outcome;
 use pageferry_uring::plan::ZeroCopyWish;
@@ -9,7 +10,7 @@ use crate::agent::acceptor::{Acceptor, ListenError};
 use crate::agent::failure;
 use crate::agent::lanes::{self, LaneChoice};
 use crate::agent::monitor::TargetMonitor;
-use crate::agent::target::{self, TargetOptions, TargetResult};
+use crate::agent::target::{self, OpenMonitor, TargetOptions, TargetResult};
 use crate::agent::tls::Door;
 use crate::cli::TargetArgs;
 use crate::migrate::{cpus, path};
@@ -18,6 +19,16 @@ use crate::report::exit::Exit;
 
 /// Runs the subcommand: one migration after the other until Ctrl-C, or one with `--once`.
 pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
+    let open = |offer: &Offer| {
+        let named = args.qmp.clone().or_else(|| offer.target_qmp.clone().map(Into::into));
+        let path = named.ok_or_else(no_qmp)?;
+        Ok(Box::new(QemuTarget::open(&path)?) as Box<dyn TargetMonitor>)
+    };
+    run_with(&open, args, cancel)
+}
+
+/// The same with whatever monitors `open` opens.
+pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
     let door = |address| Door::of(address, args.tls.tls_dir.as_deref(), args.tls.insecure);
     let acceptor = match Acceptor::listen(&args.listen, door) {
         Ok(acceptor) => acceptor,
@@ -49,15 +60,10 @@ pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
         qmp: args.qmp.clone(),
         state_dir: args.state_dir.clone(),
     };
-    let open = |offer: &pageferry_datapath::control::Offer| {
-        let named = args.qmp.clone().or_else(|| offer.target_qmp.clone().map(Into::into));
-        let path = named.ok_or_else(no_qmp)?;
-        Ok(Box::new(QemuTarget::open(&path)?) as Box<dyn TargetMonitor>)
-    };
     let mut last = Exit::Done;
     loop {
         let mut tell = |text: &str| eprintln!("{text}");
-        let Some(result) = target::serve_one(&options, &acceptor, &open, cancel, &mut tell) else {
+        let Some(result) = target::serve_one(&options, &acceptor, open, cancel, &mut tell) else {
             return last;
         };
         last = exit_of(&result.outcome);

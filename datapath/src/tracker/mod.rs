@@ -7,6 +7,7 @@
 //! is tracked again, so a write that comes while its bytes are being read is reported next time.
 
 pub mod fed;
+mod own;
 pub mod probe;
 pub(crate) mod sys;
 pub mod uffd;

@@ -1,0 +1,370 @@
+//! Guests without a monitor (`pageferry_tests::synthetic`) moved by both agents in this process:
+//! over TCP anywhere, over RDMA and over spoiled wires in the machines of `tests/rdma-vm/run`.
+//!
+//! With two machines each runs this test with its role: the guest is started in the client and
+//! arrives in the server.
+#![forbid(unsafe_code)]
+
+use std::net::TcpStream;
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use crossbeam_channel::never;
+use pageferry_ctl::agent::monitor::TargetMonitor;
+use pageferry_ctl::agent::source::Watch;
+use pageferry_ctl::cli::{self, Cli, MigrateArgs, TargetArgs};
+use pageferry_ctl::lab::skip;
+use pageferry_ctl::report::Reporter;
+use pageferry_ctl::report::events::Event;
+use pageferry_ctl::report::exit::Exit;
+use pageferry_ctl::{migrate, receive};
+use pageferry_datapath::ids::RoundIndex;
+use pageferry_datapath::source::Phase;
+use pageferry_tests::synthetic::{Arrived, Guest, Shape, SyntheticSource, SyntheticTarget};
+use serde_json::Value;
+
+/// An emulated machine that others keep busy.
+const SOON: Duration = Duration::from_secs(60);
+
+fn shape(mib: u64, huge: Option<u64>) -> Shape {
+    let bytes = mib << 20;
+    // A quarter are holes.
+    let filled_pages = bytes / 4096 * 3 / 4;
+    Shape { bytes, filled_pages, huge, writers: 2, pages_per_second: 400 }
+}
+
+/// Events as JSON, and what to do when a round is half-way.
+struct Told {
+    events: Vec<Value>,
+    half_way: Option<Box<dyn FnMut()>>,
+    /// What the round was when that was done: its bytes, and those handed out.
+    done_at: Option<(u64, u64)>,
+}
+
+impl Reporter for Told {
+    fn event(&mut self, event: &Event) {
+        self.events.push(serde_json::to_value(event).expect("events are JSON"));
+    }
+
+    fn progress(&mut self, watch: &Watch<'_>) {
+        let (total, taken) = watch.round_bytes;
+        let is_half_way =
+            watch.phase == Phase::Moving && taken > total / 4 && taken < total * 3 / 4;
+        if is_half_way && let Some(mut act) = self.half_way.take() {
+            self.done_at = Some((total, taken));
+            act();
+        }
+    }
+}
+
+/// How a move ended at the source, and the guest if it arrived here.
+struct Moved {
+    exit: Exit,
+    told: Told,
+    /// The guest's pages that were wrong at the source.
+    bad_at_source: u64,
+    arrived: Option<Guest>,
+}
+
+impl Moved {
+    fn summary(&self) -> &Value {
+        self.told.events.last().expect("a summary comes last")
+    }
+
+    fn assert_migrated(&self, transport: &str) {
+        let summary = self.summary();
+        println!(
+            "{}: {} ({}), {} rounds, {} KiB and {} KiB of zeros, pause {} ms {}",
+            summary["outcome"],
+            summary["transport"],
+            summary["transport_reason"],
+            summary["rounds"],
+            summary["moved_bytes"].as_u64().unwrap_or(0) >> 10,
+            summary["zero_bytes"].as_u64().unwrap_or(0) >> 10,
+            summary["blackout_ms"],
+            summary["blackout_parts_ms"],
+        );
+        assert_eq!(self.exit, Exit::Done, "{summary:#}");
+        assert_eq!(summary["verified"], true);
+        assert!(
+            summary["transport"].as_str().is_some_and(|it| it.starts_with(transport)),
+            "{summary:#}"
+        );
+        assert_eq!(self.bad_at_source, 0);
+    }
+}
+
+/// The guest goes on where it is, and all it finds is right.
+fn assert_goes_on(guest: &Guest) {
+    let (before, deadline) = (guest.written(), Instant::now() + SOON);
+    while guest.written() < before + 200 {
+        assert!(Instant::now() < deadline, "it does not write any more");
+        thread::sleep(Duration::from_millis(20));
+    }
+    guest.pause();
+    assert_eq!((guest.bad(), guest.verify()), (0, 0), "pages hold what they should not");
+    guest.run();
+}
+
+/// Where the target listens, and whether it is this process that runs the source, or the target.
+struct Scene {
+    to: String,
+    has_source: bool,
+    has_target: bool,
+}
+
+impl Scene {
+    fn here() -> Self {
+        Self { to: "127.0.0.1:0".into(), has_source: true, has_target: true }
+    }
+
+    /// On an RDMA device; `None`, said, where there is none.
+    fn rdma(test: &str, port: u16) -> Option<Self> {
+        let variable = |name| std::env::var(name).unwrap_or_default();
+        if variable("PF_RDMA_DEV").is_empty() {
+            skip(test, "needs an RDMA device (make test-rdma)");
+            return None;
+        }
+        let role = variable("PF_ROLE");
+        let at = if role == "server" { "PF_LOCAL_ADDR" } else { "PF_PEER_ADDR" };
+        Some(Self {
+            to: format!("{}:{port}", variable(at)),
+            has_source: role != "server",
+            has_target: role != "client",
+        })
+    }
+
+    /// Moves a guest; `more` are arguments of `migrate`. `None` at a machine that only sends.
+    fn move_guest(
+        &self,
+        shape: &Shape,
+        more: &[&str],
+        half_way: Option<Box<dyn FnMut()>>,
+    ) -> Moved {
+        let state = tempfile::tempdir().expect("a folder");
+        let arrived = Arrived::default();
+        let to = match self.to.strip_suffix(":0") {
+            Some(host) => format!("{host}:{}", free_port()),
+            None => self.to.clone(),
+        };
+        let target = self.has_target.then(|| {
+            let (shape, arrived) = (shape.clone(), Arc::clone(&arrived));
+            let folder = state.path().join("target").display().to_string();
+            let args = target_args(&["--listen", &to, "--state-dir", &folder]);
+            thread::spawn(move || {
+                let open = |_: &_| {
+                    let target = SyntheticTarget::new(shape.clone(), &arrived);
+                    Ok(Box::new(target) as Box<dyn TargetMonitor>)
+                };
+                receive::run_with(&open, &args, &never())
+            })
+        });
+        let mut told = Told { events: Vec::new(), half_way, done_at: None };
+        let (mut exit, mut bad_at_source) = (Exit::Done, 0);
+        if self.has_source {
+            let mut source = SyntheticSource::new(Guest::start(shape.clone()).expect("memory"));
+            wait_for(&to);
+            let folder = state.path().join("source").display().to_string();
+            let args = [&["--to", &to, "--state-dir", &folder, "--verify"], more].concat();
+            exit = migrate::run_with(&mut source, &source_args(&args), &never(), &mut told);
+            bad_at_source = source.guest().bad();
+            if exit != Exit::Done {
+                assert_goes_on(source.guest());
+            }
+        }
+        if let Some(target) = target {
+            let ended = target.join().expect("the target's own panic");
+            let agree = !self.has_source || (ended == Exit::Done) == (exit == Exit::Done);
+            assert!(agree, "the two ends do not agree: {ended:?}, {exit:?}");
+        }
+        let arrived = arrived.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Moved { exit, told, bad_at_source, arrived }
+    }
+
+    /// Moves one over RDMA, and looks at it where it arrives.
+    fn move_by_rdma(&self, shape: &Shape, lanes: &str) {
+        // Two emulated machines on one processor may each stand still for longer than soft-RoCE's
+        // retries take, when there is much for them to do.
+        let is_sure = self.has_source && self.has_target || lanes == "1";
+        let transport = if is_sure { "rdma" } else { "auto" };
+        let more = ["--transport", transport, "--lanes", lanes, "--downtime-ms", "1000"];
+        let moved = self.move_guest(shape, &more, None);
+        if self.has_source {
+            moved.assert_migrated(if is_sure { transport } else { "" });
+        }
+        if self.has_target {
+            assert_goes_on(&moved.arrived.expect("it arrived"));
+        }
+    }
+}
+
+fn target_args(more: &[&str]) -> TargetArgs {
+    let words = [&["pageferry", "target", "--insecure", "--once", "--json"], more].concat();
+    match Cli::parse_from(words).command {
+        cli::Command::Target(args) => args,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn source_args(more: &[&str]) -> MigrateArgs {
+    let words = [&["pageferry", "migrate", "--insecure", "--qmp", "/none"], more].concat();
+    match Cli::parse_from(words).command {
+        cli::Command::Migrate(args) => *args,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("bound").port()
+}
+
+/// Until the target listens, which may be on a machine that is still booting.
+fn wait_for(address: &str) {
+    let deadline = Instant::now() + 2 * SOON;
+    while TcpStream::connect(address).is_err() {
+        assert!(Instant::now() < deadline, "nobody listens at {address}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_guest_without_a_monitor_moves_over_tcp() {
+    let shape = Shape { pages_per_second: 5000, ..shape(64, None) };
+    let moved = Scene::here().move_guest(&shape, &["--lanes", "2", "--transport", "tcp"], None);
+    moved.assert_migrated("tcp");
+    assert_goes_on(&moved.arrived.expect("it arrived"));
+}
+
+#[test]
+fn rdma_guests_on_tmpfs_move_with_one_and_with_four_queue_pairs() {
+    let name = "rdma_guests_on_tmpfs_move_with_one_and_with_four_queue_pairs";
+    for (lanes, port) in [("1", 4801), ("4", 4802)] {
+        let Some(scene) = Scene::rdma(name, port) else { return };
+        scene.move_by_rdma(&shape(24, None), lanes);
+    }
+}
+
+#[test]
+fn rdma_a_guest_on_huge_pages_moves() {
+    let Some(scene) = Scene::rdma("rdma_a_guest_on_huge_pages_moves", 4803) else { return };
+    // Whole huge pages are dirty: what is written has to fit into a pause.
+    let shape = Shape { writers: 1, pages_per_second: 20, ..shape(8, Some(2 << 20)) };
+    scene.move_by_rdma(&shape, "2");
+}
+
+/// This side's end of a wire of its own; mended when dropped.
+struct Wire(String);
+
+impl Wire {
+    fn of(test: &str) -> Option<Self> {
+        let variable = |name| std::env::var(name).unwrap_or_default();
+        if variable("PF_TOPOLOGY") == "veth" {
+            return Some(Self(variable("PF_NETDEV")));
+        }
+        // Where both machines are real the wire is nobody's to spoil.
+        println!("not spoiled here: {test}");
+        None
+    }
+
+    fn spoil(netdev: &str, how: &str) {
+        let line = format!("qdisc replace dev {netdev} root netem {how}");
+        let status = Command::new("tc").args(line.split(' ')).status();
+        assert!(status.is_ok_and(|status| status.success()), "tc {line}");
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        let _it_may_be_fine =
+            Command::new("tc").args(["qdisc", "del", "dev", &self.0, "root"]).output();
+    }
+}
+
+#[test]
+fn rdma_over_a_wire_that_loses_or_delays_no_byte_is_wrong() {
+    let name = "rdma_over_a_wire_that_loses_or_delays_no_byte_is_wrong";
+    for (how, port) in [("loss 0.5%", 4811), ("loss 2%", 4812), ("delay 5ms", 4813)] {
+        let Some(scene) = Scene::rdma(name, port) else { return };
+        let Some(wire) = Wire::of(name) else { return };
+        Wire::spoil(&wire.0, how);
+        println!("{how}:");
+        let more = ["--lanes", "2", "--downtime-ms", "2000"];
+        let moved = scene.move_guest(&shape(8, None), &more, None);
+        // Over RDMA to the end, or carried on over TCP: that is the lanes' to decide.
+        moved.assert_migrated("");
+        assert_goes_on(&moved.arrived.expect("it arrived"));
+    }
+}
+
+/// Cuts something half-way through a round, as the round itself tells, and has it back some seconds
+/// later. The guest is whole afterwards, wherever it runs.
+fn cut(name: &str, port: u16, cut: impl Fn(&str) + 'static, back: impl Fn(&str) + Send + 'static) {
+    let Some(scene) = Scene::rdma(name, port) else { return };
+    let Some(wire) = Wire::of(name) else { return };
+    // So that there is a half-way.
+    Wire::spoil(&wire.0, "rate 50mbit");
+    let netdev = wire.0.clone();
+    let back = Arc::new(Mutex::new(Some(back)));
+    let mender = Arc::new(Mutex::new(None));
+    let started = Arc::clone(&mender);
+    let half_way = move || {
+        cut(&netdev);
+        let (back, netdev) = (back.lock().expect("once").take().expect("once"), netdev.clone());
+        let mending = thread::spawn(move || {
+            thread::sleep(Duration::from_secs(4));
+            back(&netdev);
+        });
+        *started.lock().expect("once") = Some(mending);
+    };
+    let more = ["--lanes", "2", "--downtime-ms", "2000"];
+    let moved = scene.move_guest(&shape(24, None), &more, Some(Box::new(half_way)));
+    let (total, taken) = moved.told.done_at.expect("a round was half-way");
+    println!("cut when {} of {} KiB were handed out", taken >> 10, total >> 10);
+    assert!(taken < total, "{}", RoundIndex(0));
+    if let Some(mender) = mender.lock().expect("once").take() {
+        mender.join().expect("mended");
+    }
+    match moved.exit {
+        Exit::Done => {
+            moved.assert_migrated("");
+            assert_goes_on(&moved.arrived.expect("it arrived"));
+        }
+        // Then it runs at the source, which was looked at there.
+        exit => {
+            println!("ended: {:#}", moved.summary()["reason"]);
+            assert_eq!(exit, Exit::RunningAtSource, "{:#}", moved.summary());
+            assert!(moved.arrived.is_none());
+        }
+    }
+}
+
+#[test]
+fn rdma_a_black_hole_in_the_middle_of_a_round_loses_nothing() {
+    cut(
+        "rdma_a_black_hole_in_the_middle_of_a_round_loses_nothing",
+        4805,
+        |netdev| Wire::spoil(netdev, "loss 100%"),
+        |netdev| Wire::spoil(netdev, "rate 400mbit"),
+    );
+}
+
+/// To be run after all others: soft-RoCE makes no connections any more after this.
+#[test]
+fn rdma_a_link_that_is_down_for_a_while_in_the_middle_of_a_round_loses_nothing() {
+    let link = |how: &'static str| {
+        move |_: &str| {
+            let status = Command::new("rdma-vm-link").arg(how).status();
+            assert!(status.is_ok_and(|status| status.success()), "rdma-vm-link {how}");
+        }
+    };
+    cut(
+        "rdma_a_link_that_is_down_for_a_while_in_the_middle_of_a_round_loses_nothing",
+        4806,
+        link("down"),
+        link("up"),
+    );
+}
