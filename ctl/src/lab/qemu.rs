@@ -70,6 +70,8 @@ pub struct Disk {
 pub struct Nic {
     /// An existing tap device in QEMU's namespace.
     pub tap: String,
+    /// The kernel's own backend (`vhost=on`) rather than QEMU's.
+    pub vhost: bool,
 }
 
 /// A QEMU to be started. Source and target of one guest differ in a few fields only.
@@ -106,16 +108,20 @@ pub struct QemuSpec {
 }
 
 impl QemuSpec {
-    /// A small guest with 512 MiB on tmpfs and two processors, on the installed QEMU.
+    /// A small guest with 512 MiB on tmpfs and two processors, on the installed QEMU. Emulated, but
+    /// where `PAGEFERRY_LAB_KVM=1` says that KVM is to be used.
     pub fn new(assets: GuestAssets) -> Result<Self, LabError> {
+        let kvm = std::env::var("PAGEFERRY_LAB_KVM").is_ok_and(|value| value == "1");
+        let (accel, cpu, smp) =
+            if kvm { ("kvm", "host", 1) } else { ("tcg,thread=multi", "max", 2) };
         Ok(Self {
             binary: QemuBinary::system()?,
             assets,
             params: GuestParams::default(),
             machine: "q35".into(),
-            accel: "tcg,thread=multi".into(),
-            cpu: "max".into(),
-            smp: 2,
+            accel: accel.into(),
+            cpu: cpu.into(),
+            smp,
             memory_mib: 512,
             memory: Memory::tmpfs(),
             incoming: false,
@@ -128,7 +134,7 @@ impl QemuSpec {
 
     /// Has the guest answer at `address`, on a network card at `tap`.
     pub fn with_network(mut self, tap: &str, address: Ipv4Addr, prefix: u8) -> Self {
-        self.nic = Some(Nic { tap: tap.to_owned() });
+        self.nic = Some(Nic { tap: tap.to_owned(), vhost: false });
         self.params.ipv4 = Some((address, prefix));
         self
     }
@@ -336,11 +342,10 @@ impl QemuSpec {
         add(&["-kernel", &self.assets.kernel.to_string_lossy()]);
         add(&["-initrd", &self.assets.initramfs.to_string_lossy()]);
         add(&["-append", &GuestAssets::command_line(&self.params)]);
-        if let Some(Nic { tap }) = &self.nic {
-            add(&[
-                "-netdev",
-                &format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off"),
-            ]);
+        if let Some(Nic { tap, vhost }) = &self.nic {
+            let vhost = if *vhost { "on" } else { "off" };
+            let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost={vhost}");
+            add(&["-netdev", &netdev]);
             // Without an option ROM: nothing boots from this card.
             add(&["-device", &format!("virtio-net-pci,netdev=net,mac={MAC},romfile=")]);
         }
