@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::agent::lanes::{Pin, Transport};
 use crate::agent::record::STATE_DIR;
+use crate::limits;
 
 /// Live-migrates the memory of a running virtual machine to another host.
 #[derive(Debug, Parser)]
@@ -107,6 +108,12 @@ pub struct TargetArgs {
     /// Take in guests only by encrypted lanes.
     #[arg(long, conflicts_with = "insecure")]
     pub encrypt: bool,
+    /// For how many seconds a source may be cut off before its migration ends here.
+    #[arg(long, value_name = "S", default_value_t = limits::RECONNECT_TIMEOUT_S)]
+    pub reconnect_timeout: u64,
+    /// Migrations at the same time, where the sources name the QMP sockets.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub sessions_max: usize,
     /// Exit after one migration instead of waiting for the next.
     #[arg(long)]
     pub once: bool,
@@ -174,6 +181,14 @@ pub struct MigrateArgs {
     /// Where to write down what was decided.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
+    /// For how many seconds the connections may be cut before the migration ends; a shorter cut costs
+    /// time.
+    #[arg(long, value_name = "S", default_value_t = limits::RECONNECT_TIMEOUT_S)]
+    pub reconnect_timeout: u64,
+    /// The same in milliseconds while the guest is paused: past it the guest goes on here, unless
+    /// the hand-over was decided.
+    #[arg(long, value_name = "MS", default_value_t = limits::BLACKOUT_TIMEOUT_MS)]
+    pub blackout_timeout_ms: u64,
     /// Whether to send from guest memory without a copy.
     #[arg(long, value_enum, default_value_t = ZeroCopyChoice::Auto)]
     pub zero_copy: ZeroCopyChoice,

@@ -48,3 +48,51 @@ pub const STATE_TIMEOUT: Duration = Duration::from_secs(25);
 /// Saving, carrying and loading the device state plus resuming, before any of it was measured: the
 /// median of small guests on the reference machine.
 pub const SWITCHOVER_GUESS: Duration = Duration::from_millis(8);
+
+/// A peer that is there says so this often.
+pub const HEARD_SAID_EVERY: Duration = Duration::from_millis(500);
+
+/// How often it is looked whether the peer is still heard: a tenth of the shortest patience.
+pub const HEART_LOOKS_EVERY: Duration = Duration::from_millis(100);
+
+/// After so much silence a connection counts as cut, and a new one is tried: eight words missed,
+/// longer than TCP needs to get over the loss of a few packets, or a busy host to run an agent.
+pub const SILENCE_MAX: Duration = Duration::from_secs(4);
+
+/// Messages after which the peer is told at once that they were heard, so that it need not keep
+/// them: 16 MiB of device state.
+pub const HEARD_EVERY: u64 = 64;
+
+/// Bytes of messages kept during a cut before who sends more has to wait: two seconds of device
+/// state, and every message that is not device state.
+pub const CONTROL_KEPT_BYTES_MAX: usize = 8 << 20;
+
+/// Pauses between two tries to come back after a cut: the first, doubled up to the last.
+pub const REJOIN_PAUSE_MIN: Duration = Duration::from_millis(50);
+/// The last of them: a link that is back is noticed this soon.
+pub const REJOIN_PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// One try to come back: a packet lost in it is sent again after one second.
+pub const REJOIN_TRY_MAX: Duration = Duration::from_secs(3);
+
+/// Tries that a host answered with "nobody listens here" before its agent counts as gone: about a
+/// second, in which one that is just being restarted can't know the session anyway.
+pub const REJOIN_REFUSALS_MAX: u32 = 4;
+
+/// How long a connection may be cut before the attempt ends, unless told otherwise.
+pub const RECONNECT_TIMEOUT_S: u64 = 30;
+
+/// The same while the guest stands still: longer than TCP needs to send a lost packet again, and no
+/// longer than users bear.
+pub const BLACKOUT_TIMEOUT_MS: u64 = 2000;
+
+/// How long a new session waits for one that was cut off to make room: unwinding takes milliseconds,
+/// and a source waits for its greeting no longer than ten seconds.
+pub const SUPERSEDING_WAIT_MAX: Duration = Duration::from_secs(8);
+
+/// How often that is looked at.
+pub const SUPERSEDING_LOOKS_EVERY: Duration = Duration::from_millis(500);
+
+/// Pause before the target is asked for lanes once more, after those it gave tickets for could not
+/// be opened.
+pub const LANES_AGAIN_PAUSE: Duration = Duration::from_millis(300);

@@ -115,6 +115,8 @@ fn options(args: &MigrateArgs) -> SourceOptions {
         verify: args.verify,
         skip_drain: args.unsafe_no_drain,
         state_dir: args.state_dir.clone(),
+        reconnect: Duration::from_secs(args.reconnect_timeout),
+        blackout: Duration::from_millis(args.blackout_timeout_ms),
     }
 }
 

@@ -1,5 +1,8 @@
 //! `pageferry target`: the target agent with its messages and exit code.
 
+use std::ops::ControlFlow;
+use std::time::Duration;
+
 use crossbeam_channel::Receiver;
 use pageferry_datapath::control::Offer;
 use pageferry_datapath::source::Failure;
@@ -59,19 +62,22 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
         },
         qmp: args.qmp.clone(),
         state_dir: args.state_dir.clone(),
+        reconnect: Duration::from_secs(args.reconnect_timeout),
+        // A QEMU takes one guest in.
+        sessions_max: if args.qmp.is_some() { 1 } else { args.sessions_max },
     };
     let mut last = Exit::Done;
-    loop {
-        let mut tell = |text: &str| eprintln!("{text}");
-        let Some(result) = target::serve_one(&options, &acceptor, open, cancel, &mut tell) else {
-            return last;
-        };
+    let mut done = |result: TargetResult| {
         last = exit_of(&result.outcome);
         say_result(args, &result);
-        if args.once || result.outcome == Outcome::Runs && args.qmp.is_some() {
-            return last;
+        match args.once || result.outcome == Outcome::Runs && args.qmp.is_some() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
-    }
+    };
+    let mut tell = |text: &str| eprintln!("{text}");
+    target::serve(&options, &acceptor, open, cancel, &mut tell, &mut done);
+    last
 }
 
 fn not_listening(args: &TargetArgs, error: &ListenError) {
@@ -110,16 +116,17 @@ fn exit_of(outcome: &Outcome) -> Exit {
 }
 
 fn say_result(args: &TargetArgs, result: &TargetResult) {
-    let session = result.session.map(|session| session.to_string());
+    let session = result.session.to_string();
+    let session = Some(session.as_str());
     match &result.outcome {
-        Outcome::Runs => say(args, "running", "the guest runs here", session.as_deref()),
+        Outcome::Runs => say(args, "running", "the guest runs here", session),
         Outcome::Failed(failure) => {
-            say(args, "failed", "the guest stays at the source", session.as_deref());
+            say(args, "failed", "the guest stays at the source", session);
             say_failure(failure);
         }
         Outcome::Uncertain(failure) => {
             let text = "the guest is loaded and paused here; the source has the word";
-            say(args, "uncertain", text, session.as_deref());
+            say(args, "uncertain", text, session);
             say_failure(failure);
         }
     }

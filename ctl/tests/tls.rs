@@ -65,13 +65,16 @@ fn caller(dir: &Path) -> Caller {
 }
 
 fn call(acceptor: &Acceptor, caller: &Caller) -> Result<Link, LinkError> {
-    Link::connect(&acceptor.address().to_string(), caller, SOON)
+    let link = Link::connect(&acceptor.address().to_string(), caller, SOON)?;
+    // A connection is announced with the first that it says.
+    link.send(&Message::Prepare)?;
+    Ok(link)
 }
 
 /// The link of the next control connection.
 fn admitted(acceptor: &Acceptor) -> Result<Link, Box<dyn std::error::Error>> {
     match acceptor.arrivals().recv_timeout(SOON)? {
-        Arrival::Control(channel) => Ok(Link::over(channel)?),
+        Arrival::Control { link, .. } => Ok(link),
         other => Err(format!("expected a control connection: {other:?}").into()),
     }
 }
@@ -237,7 +240,8 @@ fn an_expired_certificate_is_not_believed() -> Outcome {
     foreign(&acceptor, &good, Some(&expired)).expect_err("refused");
     assert_says(&turned_away(&acceptor)?, &["source's certificate has expired", "clocks"]);
     foreign(&acceptor, &good, Some(&good))?;
-    admitted(&acceptor)?;
+    // It was let in, and left without a word.
+    assert_says(&turned_away(&acceptor)?, &["the peer closed the control connection"]);
     Ok(())
 }
 

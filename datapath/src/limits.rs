@@ -95,8 +95,9 @@ pub fn source_phase_max(phase: crate::source::Phase) -> Option<Duration> {
         // Inside the pause: a guest that stands still this long is better off at the source.
         Phase::Saving => Some(Duration::from_secs(30)),
         Phase::Verifying => Some(Duration::from_secs(600)),
-        // Past it the answer is lost, not late: only records can tell then.
-        Phase::Committed => Some(Duration::from_secs(20)),
+        // Past it the answer is lost, not late: only records can tell then. A cut of the length that
+        // agents get over by default fits in.
+        Phase::Committed => Some(Duration::from_secs(45)),
         _ => None,
     }
 }

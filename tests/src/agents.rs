@@ -14,6 +14,8 @@ use serde_json::Value;
 
 /// Port of the target agent; each has a namespace of its own.
 pub const PORT: u16 = 4777;
+/// Sources that are killed are not waited for any longer than this.
+const RECONNECT_TIMEOUT_S: &str = "3";
 /// A whole migration of a small guest on a busy machine.
 pub const MIGRATION_MAX: Duration = Duration::from_secs(120);
 
@@ -104,6 +106,9 @@ impl Agent {
         let qmp = qemu.qmp().display().to_string();
         let mut args = vec!["target", "--listen", &listen, "--qmp", &qmp, "--once", "--json"];
         args.extend(["--state-dir", &state]);
+        if !more.contains(&"--reconnect-timeout") {
+            args.extend(["--reconnect-timeout", RECONNECT_TIMEOUT_S]);
+        }
         let tls = tls(workplace, host, more)?;
         args.extend(tls.iter().map(String::as_str));
         args.extend(more);

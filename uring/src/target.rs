@@ -5,15 +5,16 @@
 //! name memory, and every name is checked.
 
 use std::net::TcpStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
 use pageferry_datapath::framing::{Ack, Frame, LaneReader};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
+use pageferry_datapath::placed::Placed;
 use pageferry_datapath::priority::GivesWay;
-use pageferry_datapath::region::GuestMemory;
+use pageferry_datapath::region::{GuestMemory, RegionError};
 use pageferry_datapath::zero::{self, Sorted};
 use rustls::Connection;
 
@@ -44,6 +45,7 @@ impl From<TcpStream> for Accepted {
 pub struct TargetLane {
     lane: LaneId,
     line: Arc<Line>,
+    placed: Arc<Mutex<Placed>>,
     worker: Option<Worker>,
 }
 
@@ -68,12 +70,14 @@ impl TargetLane {
         let zero_copy = ZeroCopyWish::Not("a target sends nothing");
         let start = Start { end: "target", lane, cpu: config.cpu, path: config.path, zero_copy };
         let theirs = Arc::clone(&line);
+        let placed = Arc::new(Mutex::new(Placed::new(&memory)));
+        let noted = Arc::clone(&placed);
         let worker = Worker::start(start, &line, move |wire, cpu| {
-            let mut receiver = Receiver::new(lane, theirs, memory, events, wire);
+            let mut receiver = Receiver::new(lane, theirs, memory, noted, events, wire);
             receiver.serve();
             receiver.finish(cpu)
         })?;
-        Ok(Self { lane, line, worker: Some(worker) })
+        Ok(Self { lane, line, placed, worker: Some(worker) })
     }
 
     /// Its number in the session.
@@ -82,10 +86,12 @@ impl TargetLane {
     }
 
     /// Closes the connection; when it returns, no byte of this lane will ever be placed again.
-    /// What had arrived before may or may not have been.
-    pub fn fence(mut self) -> LaneStats {
+    /// What was placed before is told beside the counters.
+    pub fn fence(mut self) -> (LaneStats, Placed) {
         self.line.stop();
-        self.join().expect("a lane is fenced once")
+        let stats = self.join().expect("a lane is fenced once");
+        let placed = self.placed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        (stats, placed)
     }
 
     /// Waits for a lane that has said it is [`Closed`](LaneEvent::Closed) or
@@ -120,6 +126,8 @@ struct Receiver {
     lane: LaneId,
     line: Arc<Line>,
     memory: GuestMemory,
+    /// Locked by nobody else before the lane is fenced.
+    placed: Arc<Mutex<Placed>>,
     events: Sender<LaneEvent>,
     wire: Wire,
     reader: LaneReader,
@@ -134,6 +142,7 @@ impl Receiver {
         lane: LaneId,
         line: Arc<Line>,
         memory: GuestMemory,
+        placed: Arc<Mutex<Placed>>,
         events: Sender<LaneEvent>,
         wire: Wire,
     ) -> Self {
@@ -142,6 +151,7 @@ impl Receiver {
             lane,
             line,
             memory,
+            placed,
             events,
             wire,
             reader: LaneReader::new(region_bytes),
@@ -180,6 +190,9 @@ impl Receiver {
             };
             self.count(&parcel, start);
             // From here on every byte of the batch before this header is in guest memory.
+            if let Err(source) = self.note_placed() {
+                return Ended::Failed(LaneError::OutsideMemory { lane: self.lane, source });
+            }
             let frame = self.reader.frame(parcel.header(), &mut self.extents);
             parcel.clear(Order::HeaderLast);
             idle = match frame {
@@ -213,9 +226,18 @@ impl Receiver {
         Ok(())
     }
 
+    fn note_placed(&mut self) -> Result<(), RegionError> {
+        let mut placed = self.placed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        for extent in self.extents.data.drain(..).chain(self.extents.zero.drain(..)) {
+            placed.extent(extent)?;
+        }
+        Ok(())
+    }
+
     fn acknowledge(&mut self, round: RoundIndex, seq: u32) -> Result<(), WireError> {
         let lane = self.lane;
         let start = Instant::now();
+        self.placed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).barrier(round);
         self.line.send_ack(&Ack { lane, round, seq }.encode())?;
         record(&mut self.tally.barrier_ns, start);
         self.gives_way.end();

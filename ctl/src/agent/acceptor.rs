@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use pageferry_datapath::control::Message;
 use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, Hello, Refusal, Reply};
 use pageferry_uring::limits::GREETING_WAIT_MAX;
 use pageferry_uring::target::Accepted;
@@ -14,6 +15,7 @@ use pageferry_uring::{greet, handshake};
 use rustls::Connection;
 
 use super::failure;
+use super::link::Link;
 use super::tls::{Channel, Door, Greeted, TlsError};
 
 /// Connections being greeted at once; more are dropped, so that strangers can't use up threads.
@@ -22,8 +24,13 @@ const GREETINGS_MAX: usize = 512;
 /// A connection that has said what it is.
 #[derive(Debug)]
 pub enum Arrival {
-    /// A control connection; nothing of ours was read from it.
-    Control(Channel),
+    /// A control connection and the first that it said.
+    Control {
+        /// The connection; its reader does not run yet.
+        link: Link,
+        /// Its first message.
+        first: Box<Message>,
+    },
     /// A lane that has said its hello and waits for the reply.
     Lane(ArrivingLane),
     /// Something else; already closed.
@@ -154,7 +161,7 @@ fn greet(stream: TcpStream, from: SocketAddr, door: &Door) -> Arrival {
     let hello = match greet::peek_greeting(&stream, deadline) {
         Ok(Greeting::Control) => {
             return match door.plain() {
-                Some(security) => Arrival::Control(Channel::plain(stream, security.clone())),
+                Some(security) => listen_to(Channel::plain(stream, security.clone()), from),
                 None => {
                     Door::turn_away(&stream);
                     stranger("the source speaks no TLS: it was started with --insecure".into())
@@ -162,7 +169,7 @@ fn greet(stream: TcpStream, from: SocketAddr, door: &Door) -> Arrival {
             };
         }
         Ok(Greeting::Tls) => match door.shake_hands(stream, deadline) {
-            Ok(Greeted::Control(channel)) => return Arrival::Control(channel),
+            Ok(Greeted::Control(channel)) => return listen_to(channel, from),
             Ok(Greeted::Lane(stream, tls)) => {
                 return encrypted_lane(stream, tls, deadline).unwrap_or_else(stranger);
             }
@@ -188,6 +195,15 @@ fn encrypted_lane(
         .map_err(|error| failure::chain("an encrypted lane", &error))?;
     let hello = Hello::decode(&hello).map_err(|error| failure::chain("", &error))?;
     Ok(Arrival::Lane(ArrivingLane { stream, hello, tls: Some(tls) }))
+}
+
+/// The first that a control connection says.
+fn listen_to(channel: Channel, from: SocketAddr) -> Arrival {
+    let first = Link::over(channel).and_then(|link| {
+        let first = Box::new(link.receive(GREETING_WAIT_MAX)?);
+        Ok(Arrival::Control { link, first })
+    });
+    first.unwrap_or_else(|error| Arrival::Stranger { from, reason: failure::chain("", &error) })
 }
 
 fn with_hint(error: &TlsError) -> String {

@@ -5,7 +5,7 @@
 //! messages mean is none of its business.
 
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -47,6 +47,24 @@ pub enum LinkError {
     /// The peer closed the connection, or died.
     #[error("the peer closed the control connection")]
     Closed,
+    /// Nothing came.
+    #[error("the peer said nothing for {} s", waited.as_secs())]
+    Silent {
+        /// For how long it was waited.
+        waited: Duration,
+    },
+    /// It says that it heard what was never said, or forgot what it had heard.
+    #[error("the peer lost count of the messages")]
+    Miscounted,
+    /// The target does not go on with this session.
+    #[error("the target does not go on with this session: {text}")]
+    NotRejoined {
+        /// Its words.
+        text: String,
+    },
+    /// While this session's connection was cut another came for the same guest.
+    #[error("another session came while this one's connection was cut")]
+    Superseded,
     /// The connection broke.
     #[error("the control connection broke")]
     Broken(#[source] std::io::Error),
@@ -55,10 +73,25 @@ pub enum LinkError {
     Misbehaved(#[source] FrameError),
 }
 
+impl LinkError {
+    /// The peer's host is there, and nobody listens.
+    pub fn is_refused(&self) -> bool {
+        let refused = std::io::ErrorKind::ConnectionRefused;
+        matches!(self, Self::Connect { source, .. } if source.kind() == refused)
+    }
+
+    /// Trying again is of no use.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::NotRejoined { .. } | Self::Misbehaved(_) | Self::Miscounted)
+    }
+}
+
 /// The sending half, shared.
 #[derive(Clone, Debug)]
 pub struct Link {
     channel: Arc<Channel>,
+    /// What arrived and was not asked for yet; the reader's.
+    decoder: Arc<Mutex<Decoder>>,
 }
 
 impl Link {
@@ -98,12 +131,45 @@ impl Link {
             Ok(())
         };
         set().map_err(LinkError::Broken)?;
-        Ok(Self { channel: Arc::new(channel) })
+        Ok(Self { channel: Arc::new(channel), decoder: Arc::default() })
     }
 
     /// Sends one message; returns when the kernel has all of it.
     pub fn send(&self, message: &Message) -> Result<(), LinkError> {
-        self.channel.send(&encode(message)).map_err(LinkError::Broken)
+        self.send_frame(&encode(message))
+    }
+
+    /// Sends one encoded message.
+    pub fn send_frame(&self, frame: &[u8]) -> Result<(), LinkError> {
+        self.channel.send(frame).map_err(LinkError::Broken)
+    }
+
+    /// Waits for one message, for as long as `within`; not while the reader runs.
+    pub fn receive(&self, within: Duration) -> Result<Message, LinkError> {
+        let until = Instant::now() + within;
+        let mut decoder = self.decoder.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let (mut buffer, mut bytes) = (vec![0; READ_BYTES], Vec::new());
+        let received = loop {
+            match decoder.next_message() {
+                Ok(Some(message)) => break Ok(message),
+                Ok(None) => {}
+                Err(error) => break Err(LinkError::Misbehaved(error)),
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break Err(LinkError::Silent { waited: within });
+            }
+            self.channel.stream().set_read_timeout(Some(left)).map_err(LinkError::Broken)?;
+            bytes.clear();
+            match self.channel.receive(&mut buffer, &mut bytes) {
+                Ok(0) => break Err(LinkError::Closed),
+                Ok(_) => decoder.push(&bytes),
+                Err(error) if waits(&error) => {}
+                Err(error) => break Err(LinkError::Broken(error)),
+            }
+        };
+        self.channel.stream().set_read_timeout(None).map_err(LinkError::Broken)?;
+        received
     }
 
     /// Starts the reader: every message goes to `on_message` on a thread of its own, and what ended
@@ -112,11 +178,12 @@ impl Link {
         &self,
         mut on_message: impl FnMut(Result<Message, LinkError>) + Send + 'static,
     ) -> thread::JoinHandle<()> {
-        let channel = Arc::clone(&self.channel);
+        let (channel, decoder) = (Arc::clone(&self.channel), Arc::clone(&self.decoder));
         thread::Builder::new()
             .name("pf-control".into())
             .spawn(move || {
-                let ended = read_all(&channel, |message| on_message(Ok(message)));
+                let mut decoder = decoder.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let ended = read_all(&channel, &mut decoder, |message| on_message(Ok(message)));
                 on_message(Err(ended));
             })
             .expect("the process can start threads")
@@ -153,17 +220,13 @@ impl Link {
     }
 }
 
-fn read_all(channel: &Channel, mut on_message: impl FnMut(Message)) -> LinkError {
-    let mut decoder = Decoder::new();
+fn read_all(
+    channel: &Channel,
+    decoder: &mut Decoder,
+    mut on_message: impl FnMut(Message),
+) -> LinkError {
     let (mut buffer, mut bytes) = (vec![0; READ_BYTES], Vec::new());
     loop {
-        bytes.clear();
-        match channel.receive(&mut buffer, &mut bytes) {
-            Ok(0) => return LinkError::Closed,
-            Ok(_) => decoder.push(&bytes),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(error) => return LinkError::Broken(error),
-        }
         loop {
             match decoder.next_message() {
                 Ok(Some(message)) => on_message(message),
@@ -171,5 +234,18 @@ fn read_all(channel: &Channel, mut on_message: impl FnMut(Message)) -> LinkError
                 Err(error) => return LinkError::Misbehaved(error),
             }
         }
+        bytes.clear();
+        match channel.receive(&mut buffer, &mut bytes) {
+            Ok(0) => return LinkError::Closed,
+            Ok(_) => decoder.push(&bytes),
+            Err(error) if waits(&error) => {}
+            Err(error) => return LinkError::Broken(error),
+        }
     }
+}
+
+/// Nothing is wrong: a signal came, or the time is over.
+fn waits(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+    matches!(error.kind(), Interrupted | TimedOut | WouldBlock)
 }

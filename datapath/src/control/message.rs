@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::cut::{Heard, LanesLost, NewLanes, Rejoin};
 use super::frame::MalformedWhat;
+use super::recover::{Recover, Recovered};
 use crate::bitmap::DirtySet;
 use crate::ids::{RoundIndex, SessionId};
 use crate::lane::LanePath;
@@ -74,6 +76,9 @@ pub struct Hello {
     /// The kernel's boot id: equal on both sides means one machine, and then both ends of a lane
     /// belong on one core.
     pub boot_id: String,
+    /// The source comes back after a cut, where the target lets it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rejoins: bool,
 }
 
 /// Target's answer to [`Hello`].
@@ -85,6 +90,9 @@ pub struct Welcome {
     pub host: String,
     /// The target's boot id.
     pub boot_id: String,
+    /// Shown by a source that comes back after a cut; `None` where it may not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rejoin_key: Option<Ticket>,
 }
 
 /// What the source has and asks for.
@@ -278,6 +286,9 @@ macro_rules! messages {
             /// Every kind, in the order of their numbers.
             pub const ALL: &'static [Self] = &[$(Self::$name,)*];
 
+            /// Those of the state machines; the agents answer the others themselves.
+            pub const OF_MACHINES: &'static [Self] = Self::ALL.split_at(18).0;
+
             /// The kind with this number.
             pub fn from_number(number: u8) -> Option<Self> {
                 Self::ALL.iter().copied().find(|kind| *kind as u8 == number)
@@ -323,6 +334,20 @@ messages! {
     Abort = 17,
     /// Target: ready for the device state.
     Prepared = 18,
+    /// Source, first on a new connection: this goes on with a session that was cut.
+    Rejoin = 19,
+    /// Target: it does; what each side has not heard is sent again.
+    Rejoined = 20,
+    /// Source: the lanes are gone; new ones, please.
+    LanesLost = 21,
+    /// Target: the old ones are fenced; here are new tickets, and what had arrived.
+    NewLanes = 22,
+    /// Either, first on a new connection: what has become of a session?
+    Recover = 23,
+    /// The answer.
+    Recovered = 24,
+    /// Either, now and then: how many messages were heard so far, and that this side is there.
+    Heard = 128,
 }
 
 /// One control message.
@@ -347,6 +372,13 @@ pub enum Message {
     Commit,
     Running(Running),
     Abort(Abort),
+    Rejoin(Rejoin),
+    Rejoined(Heard),
+    LanesLost(LanesLost),
+    NewLanes(NewLanes),
+    Recover(Recover),
+    Recovered(Recovered),
+    Heard(Heard),
 }
 
 impl Message {
@@ -371,6 +403,13 @@ impl Message {
             Self::Commit => MessageKind::Commit,
             Self::Running(_) => MessageKind::Running,
             Self::Abort(_) => MessageKind::Abort,
+            Self::Rejoin(_) => MessageKind::Rejoin,
+            Self::Rejoined(_) => MessageKind::Rejoined,
+            Self::LanesLost(_) => MessageKind::LanesLost,
+            Self::NewLanes(_) => MessageKind::NewLanes,
+            Self::Recover(_) => MessageKind::Recover,
+            Self::Recovered(_) => MessageKind::Recovered,
+            Self::Heard(_) => MessageKind::Heard,
         }
     }
 
@@ -390,6 +429,13 @@ impl Message {
             Self::DeviceState(bytes) | Self::ReturnPath(bytes) => (Map::new(), bytes.clone()),
             Self::Running(it) => (object(it), none()),
             Self::Abort(it) => (object(it), none()),
+            Self::NewLanes(it) => (object(it), it.placed.clone()),
+            Self::Rejoin(it) => (object(it), none()),
+            Self::Rejoined(it) => (object(it), none()),
+            Self::LanesLost(it) => (object(it), none()),
+            Self::Recover(it) => (object(it), none()),
+            Self::Recovered(it) => (object(it), none()),
+            Self::Heard(it) => (object(it), none()),
             Self::Prepare
             | Self::Prepared
             | Self::Verify
@@ -411,6 +457,7 @@ impl Message {
                 | MessageKind::DigestReport
                 | MessageKind::DeviceState
                 | MessageKind::ReturnPath
+                | MessageKind::NewLanes
         );
         if !has_body && !body.is_empty() {
             return Err(MalformedWhat::Body);
@@ -438,6 +485,17 @@ impl Message {
             MessageKind::Commit => Self::Commit,
             MessageKind::Running => Self::Running(fields(header)?),
             MessageKind::Abort => Self::Abort(fields(header)?),
+            MessageKind::NewLanes => {
+                let NewLanes { choice, round_placed, .. } = fields(header)?;
+                let choice = checked_choice(choice)?;
+                Self::NewLanes(NewLanes { choice, round_placed, placed: body.to_vec() })
+            }
+            MessageKind::Rejoin => Self::Rejoin(fields(header)?),
+            MessageKind::Rejoined => Self::Rejoined(fields(header)?),
+            MessageKind::LanesLost => Self::LanesLost(fields(header)?),
+            MessageKind::Recover => Self::Recover(fields(header)?),
+            MessageKind::Recovered => Self::Recovered(fields(header)?),
+            MessageKind::Heard => Self::Heard(fields(header)?),
         })
     }
 }

@@ -12,11 +12,15 @@
 //! ignored by who does not know them; header fields nobody here knows are ignored too, unless the
 //! header's `required` names them. Guest memory never travels here.
 
+mod cut;
 mod frame;
 mod message;
+mod recover;
 
+pub use cut::{Heard, LanesLost, NewLanes, Rejoin};
 pub use frame::{Decoder, FrameError, MAGIC, VERSION, encode};
 pub use message::{
     Abort, AbortReason, Choice, DigestReport, Hello, LaneOffer, LaneTicket, Message, MessageKind,
     Offer, Refused, RegionOffer, RoundStart, Running, SourceLimits, Ticket, Welcome,
 };
+pub use recover::{Recover, Recovered, Word};

@@ -54,8 +54,9 @@ pub(super) fn releasing(input: Input) -> State {
     }
 }
 
-/// The decision was on its way to the record, or there: it has to be taken back before the guest
-/// may run here, or a later reader of the record would let it run at the target too.
+/// The target may have the guest loaded, and the decision may be on its way to the record, or there:
+/// before the guest may run here the record has to say that it is this side's, or a later reader of
+/// it would let the copy at the target run, too or instead.
 pub(super) fn retract(failure: Failure, out: &mut Vec<Command>) -> State {
     out.push(Command::Retract);
     State::Retracting { failure }

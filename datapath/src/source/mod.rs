@@ -16,8 +16,8 @@
 //!                  |<───────────────────── blackout ──────────────────────────────
 //!      ─ Deciding ─ Committed ─ Releasing ─ Done
 //!      ──────────────>|
-//! any failure or cancel before the decision:                     ─ Unwinding ─ Done
-//! a failure in Deciding, or the target gives the guest back: ─ Retracting ─ Unwinding ─ Done
+//! any failure or cancel before Saving:                             ─ Unwinding ─ Done
+//! a failure in Saving or Deciding, or the target gives it back: ─ Retracting ─ Unwinding ─ Done
 //! no answer to the commit, or it can't be taken back:            ─ Done (uncertain)
 //! ```
 //!

@@ -234,7 +234,7 @@ impl Source {
                 let untouched = from < Phase::Attaching;
                 match context.forward(state, input, now, out) {
                     Ok(state) => state,
-                    Err(failure) if from == Phase::Deciding => ending::retract(failure, out),
+                    Err(failure) if from >= Phase::Saving => ending::retract(failure, out),
                     Err(failure) => ending::unwind(failure, untouched, out),
                 }
             }

@@ -66,18 +66,19 @@ fn unforced(from: Phase, input: I, to: Phase) -> bool {
         }
 }
 
-/// What ends an attempt: before the decision by unwinding, while it is made by taking it back
-/// first, after it only in uncertainty.
+/// What ends an attempt: before the device state leaves by unwinding, until the decision by making
+/// sure first that no record lets the target have the guest, after it only in uncertainty.
 fn failing(from: Phase, input: I, to: Phase) -> bool {
     match (to, input) {
-        (Unwinding, I::Cancelled | I::Message | I::PeerLost | I::Failed) => from < Deciding,
-        (Unwinding, I::Tick) => has_deadline(from) && from < Deciding,
+        (Unwinding, I::Cancelled | I::Message | I::PeerLost | I::Failed) => from < Saving,
+        (Unwinding, I::Tick) => has_deadline(from) && from < Saving,
         (Unwinding, I::Scanned) => from == Scanning, // It does not converge.
         (Unwinding, I::Digested) => from == Verifying, // Memory differs.
-        (Unwinding, I::Placed) => (Attaching..Deciding).contains(&from), // Not on its way.
-        (Retracting, I::PeerLost | I::Failed | I::Placed) => from == Deciding,
+        (Unwinding, I::Placed) => (Attaching..Saving).contains(&from), // Not on its way.
+        (Retracting, I::PeerLost | I::Failed | I::Placed) => matches!(from, Saving | Deciding),
+        (Retracting, I::Cancelled | I::Tick) => from == Saving,
         // After the commit left: the target's word that the guest never ran there and never will.
-        (Retracting, I::Message) => matches!(from, Deciding | Committed),
+        (Retracting, I::Message) => matches!(from, Saving | Deciding | Committed),
         (Done, I::PeerLost | I::Tick | I::Message) => from == Committed,
         // However often else it is disturbed, the wait ends.
         (Done, I::Failed | I::Cancelled | I::Placed) => from == Committed,

@@ -1,8 +1,9 @@
 //! Messages: one well-filled example of each kind, and any that an honest peer could send.
 
 use pageferry_datapath::control::{
-    Abort, AbortReason, Choice, DigestReport, Hello, LaneOffer, LaneTicket, Message, MessageKind,
-    Offer, Refused, RegionOffer, RoundStart, Running, SourceLimits, Ticket, Welcome,
+    Abort, AbortReason, Choice, DigestReport, Heard, Hello, LaneOffer, LaneTicket, LanesLost,
+    Message, MessageKind, NewLanes, Offer, Recover, Recovered, Refused, RegionOffer, Rejoin,
+    RoundStart, Running, SourceLimits, Ticket, Welcome, Word,
 };
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::lane::LanePath;
@@ -20,9 +21,11 @@ fn example(kind: MessageKind) -> Message {
     match kind {
         MessageKind::Hello => {
             let session = SessionId(0x0123_4567_89ab_cdef_0011_2233_4455_6677);
-            Message::Hello(Hello { session, software, host, boot_id })
+            Message::Hello(Hello { session, software, host, boot_id, rejoins: false })
         }
-        MessageKind::Welcome => Message::Welcome(Welcome { software, host, boot_id }),
+        MessageKind::Welcome => {
+            Message::Welcome(Welcome { software, host, boot_id, rejoin_key: None })
+        }
         MessageKind::Offer => Message::Offer(offer()),
         MessageKind::Choice => Message::Choice(choice()),
         MessageKind::Prepare => Message::Prepare,
@@ -54,6 +57,24 @@ fn example(kind: MessageKind) -> Message {
             hint: Some("`pageferry probe` may tell what".into()),
         }),
         MessageKind::Prepared => Message::Prepared,
+        MessageKind::Rejoin => {
+            Message::Rejoin(Rejoin { session: SessionId(7), key: Ticket([0xa5; 32]), received: 12 })
+        }
+        MessageKind::Rejoined => Message::Rejoined(Heard { received: 9 }),
+        MessageKind::LanesLost => Message::LanesLost(LanesLost {
+            round: Some(RoundIndex(3)),
+            paths: vec![LanePath::TcpUring],
+        }),
+        MessageKind::NewLanes => Message::NewLanes(NewLanes {
+            choice: choice(),
+            round_placed: false,
+            placed: vec![0, 5, 1, 2, 3],
+        }),
+        MessageKind::Recover => {
+            Message::Recover(Recover { session: SessionId(7), word: Word::HandedOver })
+        }
+        MessageKind::Recovered => Message::Recovered(Recovered { word: Word::Aborted }),
+        MessageKind::Heard => Message::Heard(Heard { received: 9 }),
     }
 }
 
@@ -108,14 +129,29 @@ pub(crate) fn any_message() -> impl Strategy<Value = Message> {
     let bytes = || vec(any::<u8>(), 0..300);
     let state = || vec(any::<u8>(), 1..300);
     prop_oneof![
-        (any::<u128>(), text(), text(), text()).prop_map(|(session, software, host, boot_id)| {
-            Message::Hello(Hello { session: SessionId(session), software, host, boot_id })
+        (session(), text(), text(), text(), any::<bool>()).prop_map(
+            |(session, software, host, boot_id, rejoins)| {
+                Message::Hello(Hello { session, software, host, boot_id, rejoins })
+            }
+        ),
+        (text(), text(), text(), option::of(key())).prop_map(
+            |(software, host, boot_id, rejoin_key)| {
+                Message::Welcome(Welcome { software, host, boot_id, rejoin_key })
+            }
+        ),
+        (session(), key(), any::<u64>()).prop_map(|(session, key, received)| {
+            Message::Rejoin(Rejoin { session, key, received })
         }),
-        (text(), text(), text()).prop_map(|(software, host, boot_id)| Message::Welcome(Welcome {
-            software,
-            host,
-            boot_id
-        })),
+        any::<u64>().prop_map(|received| Message::Rejoined(Heard { received })),
+        any::<u64>().prop_map(|received| Message::Heard(Heard { received })),
+        (option::of(round()), vec(any_path(), 0..4))
+            .prop_map(|(round, paths)| Message::LanesLost(LanesLost { round, paths })),
+        (any_choice(), any::<bool>(), bytes()).prop_map(|(choice, round_placed, placed)| {
+            Message::NewLanes(NewLanes { choice, round_placed, placed })
+        }),
+        (session(), any_word())
+            .prop_map(|(session, word)| Message::Recover(Recover { session, word })),
+        any_word().prop_map(|word| Message::Recovered(Recovered { word })),
         any_offer().prop_map(Message::Offer),
         any_choice().prop_map(Message::Choice),
         (round(), any::<bool>(), bytes()).prop_map(|(round, last, bitmap)| {
@@ -142,6 +178,24 @@ pub(crate) fn any_message() -> impl Strategy<Value = Message> {
             Message::Commit,
         ]),
     ]
+}
+
+fn session() -> impl Strategy<Value = SessionId> {
+    any::<u128>().prop_map(SessionId)
+}
+
+fn key() -> impl Strategy<Value = Ticket> {
+    any::<[u8; 32]>().prop_map(Ticket)
+}
+
+fn any_word() -> impl Strategy<Value = Word> {
+    prop::sample::select(vec![
+        Word::None,
+        Word::Attempting,
+        Word::HandedOver,
+        Word::Running,
+        Word::Aborted,
+    ])
 }
 
 fn text() -> impl Strategy<Value = String> {

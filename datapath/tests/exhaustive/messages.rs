@@ -33,12 +33,12 @@ pub(crate) fn pages_of(set: &DirtySet) -> Pages {
 
 pub(crate) fn hello() -> Hello {
     let name = String::new;
-    Hello { session: SessionId(7), software: name(), host: name(), boot_id: name() }
+    Hello { session: SessionId(7), software: name(), host: name(), boot_id: name(), rejoins: false }
 }
 
 pub(crate) fn welcome() -> Welcome {
     let name = String::new;
-    Welcome { software: name(), host: name(), boot_id: name() }
+    Welcome { software: name(), host: name(), boot_id: name(), rejoin_key: None }
 }
 
 pub(crate) fn offer(verify: bool) -> Offer {
@@ -53,7 +53,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
         regions: vec![region],
         monitor: String::new(),
         machine: String::new(),
-        lanes: LaneOffer { count: None, paths: Vec::new(), cpus: 1 },
+        lanes: LaneOffer { count: None, paths: Vec::new(), cpus: 1, encrypt: false },
         tracker: String::new(),
         target_qmp: None,
         verify,
@@ -62,7 +62,8 @@ pub(crate) fn offer(verify: bool) -> Offer {
 }
 
 pub(crate) fn choice() -> Choice {
-    let lane = LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None };
+    let lane =
+        LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
     Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None }
 }
 

@@ -1,8 +1,9 @@
 //! Messages as the simulated agents send them, and as a hostile peer makes them up.
 
 use pageferry_datapath::control::{
-    Abort, AbortReason, Choice, DigestReport, Hello, LaneOffer, LaneTicket, Message, MessageKind,
-    Offer, RegionOffer, RoundStart, Running, SourceLimits, Ticket, Welcome,
+    Abort, AbortReason, Choice, DigestReport, Heard, Hello, LaneOffer, LaneTicket, LanesLost,
+    Message, MessageKind, NewLanes, Offer, Recover, Recovered, RegionOffer, Rejoin, RoundStart,
+    Running, SourceLimits, Ticket, Welcome, Word,
 };
 use pageferry_datapath::digest::MemoryDigest;
 use pageferry_datapath::ids::{RoundIndex, SessionId};
@@ -13,12 +14,12 @@ use crate::random::Random;
 
 pub(crate) fn hello() -> Hello {
     let name = String::new;
-    Hello { session: SessionId(7), software: name(), host: name(), boot_id: name() }
+    Hello { session: SessionId(7), software: name(), host: name(), boot_id: name(), rejoins: false }
 }
 
 pub(crate) fn welcome() -> Welcome {
     let name = String::new;
-    Welcome { software: name(), host: name(), boot_id: name() }
+    Welcome { software: name(), host: name(), boot_id: name(), rejoin_key: None }
 }
 
 pub(crate) fn offer(verify: bool) -> Offer {
@@ -91,5 +92,23 @@ pub(crate) fn any(kind: MessageKind, random: &mut Random) -> Message {
         MessageKind::Abort => {
             Message::Abort(Abort { reason: AbortReason::Other, text: String::new(), hint: None })
         }
+        // What follows is the agents' own: a peer that sends it where none is due is refused.
+        MessageKind::Rejoin => {
+            let (session, key) = (hello().session, Ticket([0; 32]));
+            Message::Rejoin(Rejoin { session, key, received: random.number() })
+        }
+        MessageKind::Rejoined => Message::Rejoined(Heard { received: random.number() }),
+        MessageKind::Heard => Message::Heard(Heard { received: random.number() }),
+        MessageKind::LanesLost => {
+            Message::LanesLost(LanesLost { round: Some(round), paths: Vec::new() })
+        }
+        MessageKind::NewLanes => {
+            let (choice, placed) = (choice(1), bytes(random));
+            Message::NewLanes(NewLanes { choice, round_placed: random.chance(50), placed })
+        }
+        MessageKind::Recover => {
+            Message::Recover(Recover { session: hello().session, word: Word::None })
+        }
+        MessageKind::Recovered => Message::Recovered(Recovered { word: Word::None }),
     }
 }

@@ -148,7 +148,7 @@ fn mishap(random: &mut Random) -> Mishap {
     let after = match random.below(10) {
         0..3 => Duration::ZERO,
         // Just when a wait is over.
-        3 => Duration::from_secs(20) + random.up_to(Duration::from_millis(10)),
+        3 => Duration::from_secs(45) + random.up_to(Duration::from_millis(10)),
         4..7 => random.up_to(Duration::from_micros(100)),
         _ => random.up_to(Duration::from_millis(10)),
     };

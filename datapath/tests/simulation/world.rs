@@ -36,7 +36,7 @@ const TIME_MAX: Duration = Duration::from_secs(6 * 3600);
 /// More than any run has needed, by far.
 const STEPS_MAX: u32 = 100_000;
 /// A host that says nothing is given up after this long, as the agents' sockets are set.
-pub(crate) const DEAD_AFTER: Duration = Duration::from_secs(20);
+pub(crate) const DEAD_AFTER: Duration = Duration::from_secs(45);
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Event {

@@ -41,11 +41,13 @@ fn a_lane_that_goes_after_the_commit_does_not_end_the_wait_for_the_target() {
 fn lanes_that_acknowledge_what_is_not_on_its_way_end_the_attempt_and_no_more() {
     let placed = |round| Input::Placed { round: RoundIndex(round), zero_bytes: 0 };
     for (situation, round) in
-        [("Moving", 1), ("Closing", 0), ("Scanning", 0), ("LastScanning", 2), ("Saving", 3)]
+        [("Moving", 1), ("Closing", 0), ("Scanning", 0), ("LastScanning", 2), ("Verifying", 3)]
     {
         assert_eq!(after(situation, placed(round)).phase(), Phase::Unwinding, "{situation}");
     }
-    assert_eq!(after("Deciding", placed(4)).phase(), Phase::Retracting);
+    for situation in ["Saving", "Deciding"] {
+        assert_eq!(after(situation, placed(4)).phase(), Phase::Retracting, "{situation}");
+    }
     assert_eq!(after("Committed", placed(4)).phase(), Phase::Committed);
 }
 
@@ -60,7 +62,7 @@ fn the_wait_for_the_target_ends_whatever_else_keeps_coming() {
 
 #[test]
 fn a_message_while_the_moved_guest_is_let_go_of_changes_nothing() {
-    for kind in MessageKind::ALL {
+    for kind in MessageKind::OF_MACHINES {
         let mut walk = after("Releasing", Input::Message(message(*kind)));
         walk.feed(Input::Failed(failure())).feed(Input::Released);
         assert_eq!(walk.outcome(), Some(&Outcome::Migrated));

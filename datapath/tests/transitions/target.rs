@@ -22,7 +22,7 @@ pub(crate) struct Walk {
 impl Walk {
     fn start() -> Self {
         let name = String::new;
-        let welcome = Welcome { software: name(), host: name(), boot_id: name() };
+        let welcome = Welcome { software: name(), host: name(), boot_id: name(), rejoin_key: None };
         let machine = Some(Target::start(TargetConfig { welcome }, Duration::ZERO));
         Self { machine, now: Duration::ZERO, out: Vec::new() }
     }
@@ -145,7 +145,7 @@ fn inputs() -> Vec<(String, Duration, Input)> {
     for kind in InputKind::ALL {
         let input = match kind {
             InputKind::Message => {
-                for kind in MessageKind::ALL {
+                for kind in MessageKind::OF_MACHINES {
                     inputs.push((format!("{kind:?}"), soon, Input::Message(message(*kind))));
                 }
                 inputs.push(("RoundStart (next)".into(), soon, round_start(1, false)));
@@ -225,7 +225,7 @@ fn outcome_text(walk: &Walk) -> &'static str {
 #[test]
 fn the_peer_never_makes_the_target_panic_and_every_phase_was_looked_at() {
     for (situation, _) in SITUATIONS {
-        for kind in MessageKind::ALL {
+        for kind in MessageKind::OF_MACHINES {
             after(situation, Input::Message(message(*kind)));
         }
         // Lanes are the peer's too.

@@ -5,12 +5,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
-use pageferry_datapath::control::{Choice, Hello, LaneOffer, Message, Offer, SourceLimits};
+use pageferry_datapath::control::{
+    AbortReason, Choice, Hello, LaneOffer, Message, NewLanes, Offer, SourceLimits,
+};
 use pageferry_datapath::ids::SessionId;
-use pageferry_datapath::lane::LaneEvent;
 use pageferry_datapath::source::{Command, Failure, Input, Phase, Source, SourceConfig};
 use pageferry_uring::plan::LaneTls;
 
+use super::super::control::{Control, Event};
 use super::super::digest_job::DigestJob;
 use super::super::failure;
 use super::super::hold::Hold;
@@ -18,7 +20,7 @@ use super::super::link::{Link, LinkError};
 use super::super::monitor::{SourceMonitor, StateStream};
 use super::super::record::{Decision, Record, Records, Role};
 use super::super::tls::{Security, TlsError};
-use super::mover::{Mover, Way};
+use super::mover::{self, Mover, Way};
 use super::state_relay::StateRelay;
 use super::tracking::Tracking;
 use super::{SourceOptions, SourceResult, Watch, lost};
@@ -26,15 +28,31 @@ use crate::host;
 
 /// How often a watcher is told how far things are.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
+/// How long the target may take to hear why the attempt ended, with the guest running again.
+const GOODBYE_WAIT: Duration = Duration::from_secs(1);
 /// How long the target may take to accept the control connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// What the agent itself listens to.
+enum Said {
+    NewLanes(NewLanes),
+    Restored(Duration),
+}
 
 /// Everything one migration holds at the source.
 pub(super) struct Agent<'a> {
     session: SessionId,
     started: Instant,
     monitor: &'a mut dyn SourceMonitor,
-    link: Link,
+    control: Control,
+    /// What is said of connections and lanes, which is not for the state machine.
+    said: Receiver<Said>,
+    reconnect: Duration,
+    blackout: Duration,
+    /// The guest was paused to be handed over.
+    switching: bool,
+    /// How often the control connection was cut and came back, and for how long it was away.
+    cuts: Vec<Duration>,
     records: Option<Records>,
     hold: Hold<Input>,
     inputs: Receiver<Input>,
@@ -83,11 +101,22 @@ impl<'a> Agent<'a> {
             return Err(failure);
         }
         let (to_inputs, inputs) = unbounded();
+        let (to_said, said) = unbounded();
+        let state: Arc<OnceLock<Arc<dyn StateStream>>> = Arc::default();
+        let on_event = listener(to_inputs.clone(), to_said, Arc::clone(&state));
+        let (to, caller) = (options.to.clone(), options.caller.clone());
+        let connect = move |within| Link::connect(&to, &caller, within);
+        let control = Control::source(link, session, options.reconnect, connect, on_event);
         Ok(Self {
             session,
             started,
             monitor,
-            link,
+            control,
+            said,
+            reconnect: options.reconnect,
+            blackout: options.blackout,
+            switching: false,
+            cuts: Vec::new(),
             records: Some(records),
             hold: Hold::from_environment(),
             inputs,
@@ -95,7 +124,7 @@ impl<'a> Agent<'a> {
             mover: Mover::new(lanes),
             tracking: Tracking::default(),
             digest: None,
-            state: Arc::default(),
+            state,
             relay: None,
             state_bytes: 0,
         })
@@ -107,13 +136,14 @@ impl<'a> Agent<'a> {
         cancel: &Receiver<()>,
         watch: &mut dyn FnMut(&Watch<'_>),
     ) -> SourceResult {
-        self.read_control();
         let (mut commands, mut ready) = (Vec::new(), VecDeque::new());
         let mut machine = Source::start(self.config(options), self.now(), &mut commands);
         loop {
             for command in commands.drain(..) {
                 ready.extend(self.carry_out(command).unwrap_or_else(|f| Some(Input::Failed(f))));
             }
+            let patience = self.patience(machine.phase());
+            self.control.set_patience(patience);
             watch(&self.watched(&machine));
             if machine.outcome().is_some() {
                 break;
@@ -133,6 +163,7 @@ impl<'a> Agent<'a> {
                 software: host::software(),
                 host: host::name(),
                 boot_id: host::boot_id(),
+                rejoins: true,
             },
             offer: Offer {
                 regions: facts.regions.clone(),
@@ -166,25 +197,6 @@ impl<'a> Agent<'a> {
         }
     }
 
-    /// Starts the control reader. What the target's monitor answers to the source's goes straight
-    /// to it; everything else is the machine's.
-    fn read_control(&self) {
-        let to_inputs = self.to_inputs.clone();
-        let state = Arc::clone(&self.state);
-        self.link.read_with(move |message| {
-            let input = match message {
-                Ok(Message::ReturnPath(bytes)) => {
-                    // A monitor that no longer listens says so by itself.
-                    let _its_own_failure = state.get().map(|stream| stream.write_all(&bytes));
-                    return;
-                }
-                Ok(message) => Input::Message(message),
-                Err(error) => Input::PeerLost(lost(&error)),
-            };
-            let _nobody_waits_after_the_end = to_inputs.send(input);
-        });
-    }
-
     /// What the machine hears next: answers to its commands, then what happens.
     fn next(
         &mut self,
@@ -194,7 +206,7 @@ impl<'a> Agent<'a> {
     ) -> Input {
         let phase = machine.phase();
         while self.hold.holds(phase, self.now()) {
-            match ready.pop_front().unwrap_or_else(|| self.wait(machine.deadline(), cancel)) {
+            match ready.pop_front().unwrap_or_else(|| self.wait(machine, cancel)) {
                 // Time passing ends this phase, so it does not pass.
                 Input::Tick if phase == Phase::Spacing => {}
                 input @ (Input::Tick | Input::Cancelled | Input::Failed(_)) => return input,
@@ -212,30 +224,84 @@ impl<'a> Agent<'a> {
             }
         }
         let kept = self.hold.pop().or_else(|| ready.pop_front());
-        kept.unwrap_or_else(|| self.wait(machine.deadline(), cancel))
+        kept.unwrap_or_else(|| self.wait(machine, cancel))
     }
 
     /// The next thing that happens; a tick at the deadline, or when it is time to tell the watcher.
-    fn wait(&mut self, deadline: Option<Duration>, cancel: &Receiver<()>) -> Input {
-        let until = deadline.map_or(WATCH_EVERY, |at| at.saturating_sub(self.now()));
+    fn wait(&mut self, machine: &Source, cancel: &Receiver<()>) -> Input {
+        let until = machine.deadline().map_or(WATCH_EVERY, |at| at.saturating_sub(self.now()));
         select! {
             recv(self.inputs) -> input => input.expect("this agent holds a sender"),
             recv(self.mover.events()) -> event => {
-                self.lane_event(event.expect("this agent holds a sender"))
+                let said = self.mover.heard(event.expect("the mover holds a sender"));
+                match said {
+                    mover::Said::Input(input) => input,
+                    mover::Said::Lost(failure) => self.lanes_lost(machine.phase(), failure),
+                }
             }
-            recv(cancel) -> _ => Input::Cancelled,
-            recv(after(until.min(WATCH_EVERY))) -> _ => match self.monitor.is_alive() {
-                true => Input::Tick,
-                false => Input::Failed(failure::monitor_gone("source")),
+            recv(self.said) -> said => match said.expect("the control's callback holds a sender") {
+                Said::NewLanes(new) => self.new_lanes(new),
+                Said::Restored(away) => self.restored(machine.phase(), away),
             },
+            recv(cancel) -> _ => Input::Cancelled,
+            recv(after(until.min(WATCH_EVERY))) -> _ => self.look(),
         }
     }
 
-    /// What the lanes say; where they lead to is known while the control connection is.
-    fn lane_event(&mut self, event: LaneEvent) -> Input {
+    /// Time has passed: is the monitor still there, and are lanes still to be had?
+    fn look(&mut self) -> Input {
+        if !self.monitor.is_alive() {
+            return Input::Failed(failure::monitor_gone("source"));
+        }
+        match self.mover.ask_again(self.reconnect) {
+            Ok(Some(lost)) => self.send(&Message::LanesLost(lost)).unwrap_or(Input::Tick),
+            Ok(None) => Input::Tick,
+            Err(failure) => Input::Failed(failure),
+        }
+    }
+
+    /// The connection is back. Lanes were cut with it, whether or not they know it yet.
+    fn restored(&mut self, phase: Phase, away: Duration) -> Input {
+        tracing::warn!(?away, "the target is back");
+        self.cuts.push(away);
+        let why = Failure {
+            reason: AbortReason::HostFailed,
+            by_peer: false,
+            text: format!("the connections were cut for {} ms", away.as_millis()),
+            hint: None,
+        };
+        self.lanes_lost(phase, why)
+    }
+
+    /// How long the target may be away: while the guest is paused, no longer than that may last.
+    fn patience(&mut self, phase: Phase) -> Duration {
+        self.switching |= phase == Phase::Pausing;
+        let switching = self.switching && phase <= Phase::Deciding;
+        let drained = (Phase::DrainPausing..=Phase::DrainResuming).contains(&phase);
+        if switching || drained { self.blackout } else { self.reconnect }
+    }
+
+    /// Lanes are gone. After the last round nothing more is asked of them; before it, new ones go on
+    /// with what the target has not got.
+    fn lanes_lost(&mut self, phase: Phase, failure: Failure) -> Input {
+        if phase >= Phase::Verifying {
+            return Input::Tick;
+        }
+        if !self.control.rejoins() {
+            return Input::Failed(failure);
+        }
+        tracing::warn!(reason = %failure.text, "the lanes are gone; asking for new ones");
+        let asked = self.mover.lost(failure);
+        asked.and_then(|lost| self.send(&Message::LanesLost(lost))).unwrap_or(Input::Tick)
+    }
+
+    fn new_lanes(&mut self, new: NewLanes) -> Input {
+        let Some(address) = self.control.peer() else { return Input::Tick };
         let (session, memory) = (self.session, self.tracking.memory());
-        let way = self.link.peer().map(|address| Way { address, session, memory });
-        self.mover.heard(event, way)
+        match self.mover.renew(new, Way { address, session, memory }) {
+            Ok(input) => input.unwrap_or(Input::Tick),
+            Err(failure) => Input::Failed(failure),
+        }
     }
 
     fn carry_out(&mut self, command: Command) -> Result<Option<Input>, Failure> {
@@ -279,7 +345,7 @@ impl<'a> Agent<'a> {
     }
 
     fn send(&self, message: &Message) -> Option<Input> {
-        match self.link.send(message) {
+        match self.control.send(message) {
             Ok(()) => None,
             Err(error) => Some(Input::PeerLost(lost(&error))),
         }
@@ -287,7 +353,7 @@ impl<'a> Agent<'a> {
 
     fn open_lanes(&mut self, choice: &Choice) -> Result<Input, Failure> {
         self.tracking.map(self.monitor)?;
-        let address = self.link.peer().ok_or_else(|| lost(&LinkError::Closed))?;
+        let address = self.control.peer().ok_or_else(|| lost(&LinkError::Closed))?;
         let (session, memory) = (self.session, self.tracking.memory());
         self.mover.open(choice, Way { address, session, memory })?;
         Ok(Input::LanesOpen)
@@ -316,7 +382,7 @@ impl<'a> Agent<'a> {
     fn save_state(&mut self) -> Result<Option<Input>, Failure> {
         let stream = self.monitor.save_state()?;
         assert!(self.state.set(Arc::clone(&stream)).is_ok(), "device state is saved once");
-        let relay = StateRelay::start(stream, self.link.clone(), self.to_inputs.clone());
+        let relay = StateRelay::start(stream, self.control.clone(), self.to_inputs.clone());
         self.relay = Some(relay);
         self.monitor.state_saved()?;
         Ok(Some(Input::DeviceStateSent))
@@ -344,7 +410,7 @@ impl<'a> Agent<'a> {
         self.digest = None;
         let running = self.monitor.unwind();
         self.tracking.disarm();
-        self.link.finish();
+        self.control.finish(GOODBYE_WAIT, false);
         self.mover.close(true);
         self.join_relay();
         match self.records.take() {
@@ -384,14 +450,16 @@ impl<'a> Agent<'a> {
         // After an uncertain end nothing was let go of yet: the guest stays paused.
         self.mover.close(true);
         self.tracking.disarm();
-        self.link.close();
+        self.control.close();
         SourceResult {
             session: self.session,
             outcome: machine.outcome().expect("the loop ends with it").clone(),
-            security: Some(self.link.security().clone()),
+            security: Some(self.control.security()),
             report: machine.report().clone(),
             lanes: self.mover.take_stats(),
             path_reason: self.mover.path_reason().map(str::to_owned),
+            cuts: std::mem::take(&mut self.cuts),
+            lanes_renewed: self.mover.renewed(),
             scans: std::mem::take(&mut self.tracking.scans),
             state_bytes: self.state_bytes,
             attach_stopped: self.tracking.attach_stopped,
@@ -412,6 +480,39 @@ fn lane_tls(
         Security::Loopback | Security::Insecure => Err(TlsError::NotEncrypted),
     };
     tls.map_err(|error| failure::host("encrypted lanes", &error, error.hint()))
+}
+
+/// Sorts what the control connection brings. What the target's monitor answers to the source's goes
+/// straight to it; everything that is not the agent's own is the machine's.
+fn listener(
+    inputs: Sender<Input>,
+    said: Sender<Said>,
+    state: Arc<OnceLock<Arc<dyn StateStream>>>,
+) -> impl FnMut(Event) + Send + 'static {
+    move |event| {
+        let input = match event {
+            Event::Message(Message::ReturnPath(bytes)) => {
+                // A monitor that no longer listens says so by itself.
+                let _its_own_failure = state.get().map(|stream| stream.write_all(&bytes));
+                return;
+            }
+            Event::Message(Message::NewLanes(new)) => {
+                let _nobody_waits_after_the_end = said.send(Said::NewLanes(new));
+                return;
+            }
+            Event::Restored { away } => {
+                let _nobody_waits_after_the_end = said.send(Said::Restored(away));
+                return;
+            }
+            Event::Cut(error) => {
+                tracing::warn!(%error, "the target is cut off; trying to come back");
+                return;
+            }
+            Event::Message(message) => Input::Message(message),
+            Event::Lost(error) => Input::PeerLost(lost(&error)),
+        };
+        let _nobody_waits_after_the_end = inputs.send(input);
+    }
 }
 
 fn not_connected(error: &LinkError) -> Failure {

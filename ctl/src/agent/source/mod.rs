@@ -47,6 +47,10 @@ pub struct SourceOptions {
     pub skip_drain: bool,
     /// Where records are kept.
     pub state_dir: PathBuf,
+    /// For how long the connections may be cut.
+    pub reconnect: Duration,
+    /// The same while the guest is paused.
+    pub blackout: Duration,
 }
 
 /// How far a migration is; told to the watcher at every change and every 100 ms.
@@ -86,6 +90,10 @@ pub struct SourceResult {
     pub lanes: Vec<LaneStats>,
     /// Why lanes ran on what they did, where there was a choice.
     pub path_reason: Option<String>,
+    /// For how long the target was away, each time that it was.
+    pub cuts: Vec<Duration>,
+    /// How often the lanes were lost and others asked for.
+    pub lanes_renewed: u32,
     /// Time of each scan.
     pub scans: Vec<Duration>,
     /// Size of the device state.
@@ -106,6 +114,8 @@ impl SourceResult {
             report: SourceReport::default(),
             lanes: Vec::new(),
             path_reason: None,
+            cuts: Vec::new(),
+            lanes_renewed: 0,
             scans: Vec::new(),
             state_bytes: 0,
             attach_stopped: None,

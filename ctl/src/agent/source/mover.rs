@@ -4,10 +4,11 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
-use pageferry_datapath::control::{AbortReason, Choice};
+use pageferry_datapath::control::{AbortReason, Choice, LanesLost, NewLanes};
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::lane::{LaneEvent, LanePath, LaneStats, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
@@ -16,6 +17,7 @@ use pageferry_datapath::work::RoundWork;
 
 use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
+use crate::limits;
 
 /// A lane that broke says no more than its errno.
 const LANE_HINT: &str = "look at the target agent's output, and at the link";
@@ -31,6 +33,24 @@ pub(super) struct Way<'a> {
     pub(super) memory: &'a GuestMemory,
 }
 
+/// Lanes that are gone.
+struct Lost {
+    since: Instant,
+    failure: Failure,
+    /// The target was asked for others, and has not answered.
+    asked: bool,
+    /// When to ask it once more.
+    again_at: Instant,
+}
+
+/// What an event of a lane means.
+pub(super) enum Said {
+    /// For the state machine.
+    Input(Input),
+    /// A lane is gone, and with it all of them.
+    Lost(Failure),
+}
+
 /// The lanes of one migration.
 pub(super) struct Mover {
     wanted: LaneChoice,
@@ -38,8 +58,6 @@ pub(super) struct Mover {
     pub(super) same_host: bool,
     events: Receiver<LaneEvent>,
     to_events: Sender<LaneEvent>,
-    /// What the lanes were opened by, and may be opened by once more over TCP.
-    choice: Option<Choice>,
     path: Option<LanePath>,
     path_reason: Option<String>,
     lanes: Option<Box<dyn SourceLanes>>,
@@ -48,8 +66,12 @@ pub(super) struct Mover {
     stats: Vec<LaneStats>,
     work: Option<Arc<RoundWork>>,
     placed: usize,
-    /// The round on its way over RDMA, should TCP have to carry on with it.
+    /// The round on its way, should new lanes have to carry on with it.
     moving: Option<(RoundIndex, DirtySet)>,
+    /// The lanes are gone, and new ones are asked for.
+    lost: Option<Lost>,
+    /// How often new ones were opened.
+    renewed: u32,
     /// By lanes that are gone.
     moved_before: u64,
     /// Found by all rounds before.
@@ -64,7 +86,6 @@ impl Mover {
             same_host: false,
             events,
             to_events,
-            choice: None,
             path: None,
             path_reason: None,
             lanes: None,
@@ -73,6 +94,8 @@ impl Mover {
             work: None,
             placed: 0,
             moving: None,
+            lost: None,
+            renewed: 0,
             moved_before: 0,
             zero_bytes: 0,
         }
@@ -81,7 +104,6 @@ impl Mover {
     /// Opens the lanes of a choice: over RDMA where both ends have it, else over TCP.
     pub(super) fn open(&mut self, choice: &Choice, way: Way<'_>) -> Result<(), Failure> {
         self.count = choice.lanes.len();
-        self.choice = Some(choice.clone());
         let chosen = choice.lanes.first().map(|lane| lane.path);
         let no_rdma = match (chosen, &self.wanted.no_rdma) {
             (Some(LanePath::Rdma), _) => match self.open_rdma(choice, way) {
@@ -139,9 +161,12 @@ impl Mover {
 
     /// Puts a round on the lanes.
     pub(super) fn move_round(&mut self, round: RoundIndex, pages: &DirtySet) {
-        let work = Arc::new(RoundWork::new(round, pages.extents()));
         self.placed = 0;
-        self.moving = (self.path == Some(LanePath::Rdma)).then(|| (round, pages.clone()));
+        self.moving = Some((round, pages.clone()));
+        if self.lost.is_some() {
+            return; // New lanes will take it.
+        }
+        let work = Arc::new(RoundWork::new(round, pages.extents()));
         self.work = Some(Arc::clone(&work));
         self.lanes.as_mut().expect("lanes open before rounds").move_round(work);
     }
@@ -151,10 +176,9 @@ impl Mover {
         &self.events
     }
 
-    /// What an event means. A round is placed when every lane has placed its part. Those that have
-    /// failed are waited for too: that they did may be heard after what the others placed.
-    pub(super) fn heard(&mut self, event: LaneEvent, way: Option<Way<'_>>) -> Input {
-        match event {
+    /// What an event means. A round is placed when every lane has placed its part.
+    pub(super) fn heard(&mut self, event: LaneEvent) -> Said {
+        Said::Input(match event {
             LaneEvent::Placed { round, .. } => {
                 self.placed += 1;
                 match self.placed == self.count {
@@ -163,11 +187,10 @@ impl Mover {
                 }
             }
             LaneEvent::Failed { error, .. } => {
-                let failed = failure::host("moving memory", &error, Some(LANE_HINT.into()));
-                self.carry_on(failed, way).map_or_else(Input::Failed, |()| Input::Tick)
+                return Said::Lost(failure::host("moving memory", &error, Some(LANE_HINT.into())));
             }
             LaneEvent::Closed { .. } => Input::Tick,
-        }
+        })
     }
 
     fn round_placed(&mut self, round: RoundIndex) -> Input {
@@ -177,28 +200,80 @@ impl Mover {
         Input::Placed { round, zero_bytes: zero_bytes - before }
     }
 
-    /// A lane over RDMA is gone: TCP takes the round from its beginning, where it may. Accepting the
-    /// first new lane, the target fences all old ones, so nothing older comes after what is sent
-    /// now.
-    fn carry_on(&mut self, failed: Failure, way: Option<Way<'_>>) -> Result<(), Failure> {
-        let may = self.path == Some(LanePath::Rdma)
-            && self.wanted.transport == Transport::Auto
-            && self.lanes.is_some();
-        let (Some(choice), Some(way)) = (self.choice.clone().filter(|_| may), way) else {
-            return Err(failed);
-        };
-        tracing::warn!(reason = %failed.text, "RDMA is lost; carrying on over TCP");
-        self.moved_before = self.lanes.as_ref().map_or(0, |lanes| lanes.moved_bytes());
+    /// The lanes are gone, or of no use: ends what is left of them. What to ask the target, unless
+    /// it was asked before.
+    pub(super) fn lost(&mut self, failure: Failure) -> Option<LanesLost> {
+        if self.lanes.is_none() && self.lost.is_none() {
+            return None; // None were opened yet.
+        }
+        self.moved_before = self.moved_bytes();
         self.close(true);
         // What the old lanes still had to say is about the past.
         (self.to_events, self.events) = unbounded();
         self.zero_bytes = 0;
-        let reason = format!("carried on over TCP after RDMA was lost: {}", failed.text);
-        self.open_tcp(&choice, way, reason)?;
-        if let Some((round, pages)) = self.moving.take() {
-            self.move_round(round, &pages);
+        let now = Instant::now();
+        let first = Lost { since: now, failure, asked: false, again_at: now };
+        let lost = self.lost.get_or_insert(first);
+        (!lost.asked).then(|| self.ask())
+    }
+
+    /// What to ask the target, if it is time to ask again; an error if it was tried for too long.
+    pub(super) fn ask_again(&mut self, within: Duration) -> Result<Option<LanesLost>, Failure> {
+        match &self.lost {
+            Some(lost) if lost.since.elapsed() > within => Err(lost.failure.clone()),
+            Some(lost) if !lost.asked && Instant::now() >= lost.again_at => Ok(Some(self.ask())),
+            _ => Ok(None),
         }
-        Ok(())
+    }
+
+    fn ask(&mut self) -> LanesLost {
+        if let Some(lost) = &mut self.lost {
+            lost.asked = true;
+        }
+        // RDMA that was lost may be back at once; the second time it is left alone.
+        let once_more = self.renewed == 0;
+        let paths = self.wanted.paths().into_iter();
+        let paths = paths.filter(|path| *path != LanePath::Rdma || once_more || self.only_rdma());
+        let round = self.moving.as_ref().map(|(round, _)| *round);
+        LanesLost { round, paths: paths.collect() }
+    }
+
+    fn only_rdma(&self) -> bool {
+        self.wanted.transport == Transport::Rdma
+    }
+
+    /// The target's answer: opens the new lanes, and puts on them what it has not got of the round.
+    /// If they can't be opened, it is asked again later.
+    pub(super) fn renew(&mut self, new: NewLanes, way: Way<'_>) -> Result<Option<Input>, Failure> {
+        let Some(mut lost) = self.lost.take_if(|lost| lost.asked) else {
+            return Err(misbehaved("it gave out tickets that nobody asked for"));
+        };
+        let was = self.path;
+        if let Err(error) = self.open(&new.choice, way) {
+            tracing::warn!(reason = %error.text, "new lanes could not be opened");
+            lost.asked = false;
+            lost.again_at = Instant::now() + limits::LANES_AGAIN_PAUSE;
+            self.lost = Some(lost);
+            self.renewed += 1;
+            return Ok(None);
+        }
+        self.renewed += 1;
+        tracing::warn!(reason = %lost.failure.text, "carrying on with new lanes");
+        if was == Some(LanePath::Rdma) && self.path != was {
+            let why = format!("carried on over TCP after RDMA was lost: {}", lost.failure.text);
+            self.path_reason = Some(why);
+        }
+        let Some((round, mut pages)) = self.moving.take() else { return Ok(None) };
+        if new.round_placed {
+            return Ok(Some(self.round_placed(round)));
+        }
+        if !new.placed.is_empty() {
+            let placed = DirtySet::decode(&new.placed, pages.shape().collect::<Vec<_>>())
+                .map_err(|_| misbehaved("the bitmap of what it has does not decode"))?;
+            pages.subtract(&placed);
+        }
+        self.move_round(round, &pages);
+        Ok(None)
     }
 
     /// Closes every lane; after an abort they are reset rather than drained.
@@ -238,8 +313,22 @@ impl Mover {
         self.lanes.as_ref().map_or(0, |lanes| lanes.alive())
     }
 
+    /// How often the lanes were lost and others opened.
+    pub(super) fn renewed(&self) -> u32 {
+        self.renewed
+    }
+
     /// What each lane counted; those that carried on for others come after them.
     pub(super) fn take_stats(&mut self) -> Vec<LaneStats> {
         std::mem::take(&mut self.stats)
+    }
+}
+
+fn misbehaved(what: &str) -> Failure {
+    Failure {
+        reason: AbortReason::PeerMisbehaved,
+        by_peer: false,
+        text: format!("the target broke the protocol: {what}"),
+        hint: None,
     }
 }

@@ -8,8 +8,9 @@ use pageferry_datapath::control::Message;
 use pageferry_datapath::limits;
 use pageferry_datapath::source::{Failure, Input};
 
+use super::super::control::Control;
 use super::super::failure;
-use super::super::link::Link;
+
 use super::super::monitor::StateStream;
 use super::lost;
 
@@ -20,9 +21,13 @@ pub(super) struct StateRelay {
 
 impl StateRelay {
     /// Starts relaying; a failure goes to `inputs`.
-    pub(super) fn start(stream: Arc<dyn StateStream>, link: Link, inputs: Sender<Input>) -> Self {
+    pub(super) fn start(
+        stream: Arc<dyn StateStream>,
+        control: Control,
+        inputs: Sender<Input>,
+    ) -> Self {
         let relay = move || {
-            let relayed = relay(&*stream, &link);
+            let relayed = relay(&*stream, &control);
             if let Err(failure) = &relayed {
                 let _nobody_waits_after_the_end = inputs.send(Input::Failed(failure.clone()));
             }
@@ -41,7 +46,7 @@ impl StateRelay {
     }
 }
 
-fn relay(stream: &dyn StateStream, link: &Link) -> Result<u64, Failure> {
+fn relay(stream: &dyn StateStream, control: &Control) -> Result<u64, Failure> {
     let mut chunk = vec![0; limits::STATE_CHUNK_BYTES_MAX];
     let mut total = 0;
     loop {
@@ -51,7 +56,7 @@ fn relay(stream: &dyn StateStream, link: &Link) -> Result<u64, Failure> {
             0 => Message::DeviceStateEnd,
             count => Message::DeviceState(chunk[..count].to_vec()),
         };
-        link.send(&message).map_err(|error| lost(&error))?;
+        control.send(&message).map_err(|error| lost(&error))?;
         if count == 0 {
             return Ok(total);
         }

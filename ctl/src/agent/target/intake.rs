@@ -3,13 +3,16 @@
 //! Owned by the session's loop, on its thread; the lanes' workers only send events.
 
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
-use pageferry_datapath::control::{AbortReason, Choice, LaneTicket, Offer};
+use pageferry_datapath::bitmap::DirtySet;
+use pageferry_datapath::control::{AbortReason, Choice, LaneTicket, LanesLost, NewLanes, Offer};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
-use pageferry_datapath::lane::{LaneEvent, LanePath};
+use pageferry_datapath::lane::{LaneError, LaneEvent, LanePath};
+use pageferry_datapath::placed::{Placed, placed_by};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::Input;
@@ -44,10 +47,12 @@ pub(super) struct Intake {
     placed: usize,
     /// The newest round that all lanes have placed.
     told: Option<RoundIndex>,
-    /// Lanes over RDMA are taken, until the source carries on over TCP.
+    /// Lanes over RDMA are taken, unless the source carries on over TCP.
     rdma: Option<RdmaTarget>,
     rdma_arrivals: Receiver<rdma::ArrivingLane>,
     fell_back: bool,
+    /// A lane is gone, and the source has not said yet what becomes of it.
+    failed: Option<(Instant, Failure)>,
 }
 
 impl Intake {
@@ -68,6 +73,7 @@ impl Intake {
             rdma: None,
             rdma_arrivals: never(),
             fell_back: false,
+            failed: None,
         }
     }
 
@@ -86,7 +92,8 @@ impl Intake {
         self.rdma_arrivals = never();
     }
 
-    /// What an event means.
+    /// What an event means. A lane that is gone ends nothing: the source knows or will, and opens
+    /// new ones or ends the attempt. One whose other end broke the rules does.
     pub(super) fn heard(&mut self, event: LaneEvent) -> Input {
         match event {
             LaneEvent::Placed { round, .. } => {
@@ -95,26 +102,72 @@ impl Intake {
                     return Input::Tick;
                 }
                 self.placed = 0;
-                // What lanes over RDMA had placed already TCP places once more.
-                match self.fell_back && self.told.replace(round) == Some(round) {
-                    true => Input::Tick,
-                    false => {
-                        self.told = Some(round);
-                        Input::Placed(round)
-                    }
-                }
-            }
-            LaneEvent::Failed { error, .. } if self.rdma.is_some() && !self.fell_back => {
-                // The source knows or will, and decides: it ends the attempt, or comes by TCP.
-                tracing::warn!(error = %failure::chain("", &error), "a lane over RDMA is gone");
-                Input::Tick
+                self.told = Some(round);
+                Input::Placed(round)
             }
             LaneEvent::Failed { error, .. } => {
-                Input::Failed(failure::host("taking memory in", &error, None))
+                let misbehaved = matches!(error, LaneError::PeerMisbehaved { .. });
+                let failure = failure::host("taking memory in", &error, None);
+                if misbehaved {
+                    return Input::Failed(failure);
+                }
+                tracing::warn!(reason = %failure.text, "a lane is gone");
+                self.failed.get_or_insert((Instant::now(), failure));
+                Input::Tick
             }
             // In order: the source closes its lanes when the guest runs here.
             LaneEvent::Closed { .. } => Input::Tick,
         }
+    }
+
+    /// Why this session must end: a lane is gone, and the source said nothing about it for so long.
+    pub(super) fn given_up(&mut self, within: Duration) -> Option<Failure> {
+        let over = |failed: &mut (Instant, Failure)| failed.0.elapsed() > within;
+        self.failed.take_if(over).map(|(_, failure)| failure)
+    }
+
+    /// Ends what is left of the lanes and gives out tickets for as many new ones; `None` if none
+    /// were given out before. When this returns, no old lane will ever place a byte again.
+    pub(super) fn renew(&mut self, lost: &LanesLost) -> Option<NewLanes> {
+        self.tickets.as_ref()?;
+        let placed = self.fence();
+        (self.to_events, self.events) = unbounded();
+        (self.placed, self.failed) = (0, None);
+        let stays = self.rdma.is_some() && lost.paths.contains(&LanePath::Rdma);
+        self.fell_back = !stays;
+        let path = match stays {
+            true => LanePath::Rdma,
+            false => lanes::tcp_path_for(&lost.paths),
+        };
+        let lanes = self.draw_tickets(path)?;
+        let round_placed = lost.round.is_some() && self.told >= lost.round;
+        let placed = match lost.round {
+            Some(round) if !round_placed => {
+                placed_by(&placed, round, &DirtySet::for_memory(&self.memory)).encode()
+            }
+            _ => Vec::new(),
+        };
+        let rdma_port = self.rdma.as_ref().filter(|_| stays).map(RdmaTarget::port);
+        let choice = Choice { lanes, refused: Vec::new(), rdma_port };
+        Some(NewLanes { choice, round_placed, placed })
+    }
+
+    /// A new ticket for each lane; those drawn before are good no longer.
+    fn draw_tickets(&mut self, path: LanePath) -> Option<Vec<LaneTicket>> {
+        let tickets = self.tickets.as_mut()?;
+        tickets.begin_opening();
+        let lanes = self.cpus.iter().enumerate().map(|(lane, &cpu)| {
+            let lane = LaneId(lane as u16);
+            let (over, second) = match (path, self.wanted.transport) {
+                (LanePath::Rdma, Transport::Rdma) => (Over::Rdma, None),
+                (LanePath::Rdma, _) => (Over::Rdma, Some(Over::Tcp)),
+                _ => (Over::Tcp, None),
+            };
+            let ticket = tickets.draw(lane, over);
+            let over_tcp = second.map(|over| tickets.draw(lane, over));
+            LaneTicket { path, ticket, cpu, over_tcp }
+        });
+        Some(lanes.collect())
     }
 
     /// Chooses lanes for an offer and draws their tickets; `at` is the address the source came to.
@@ -123,7 +176,7 @@ impl Intake {
         offer: &Offer,
         memory: GuestMemory,
         at: Option<IpAddr>,
-        mut tickets: Tickets,
+        tickets: Tickets,
     ) -> Result<Choice, Failure> {
         self.memory = memory;
         self.encrypted = offer.lanes.encrypt;
@@ -143,20 +196,8 @@ impl Intake {
         let cpu_of = |lane| cpus.get(lane % cpus.len().max(1)).map(|cpu| *cpu as u16);
         self.cpus = (0..usize::from(count)).map(cpu_of).collect();
         self.lanes.resize_with(self.cpus.len(), || None);
-        tickets.begin_opening();
-        let lanes = self.cpus.iter().enumerate().map(|(lane, &cpu)| {
-            let lane = LaneId(lane as u16);
-            let (over, second) = match (path, self.wanted.transport) {
-                (LanePath::Rdma, Transport::Rdma) => (Over::Rdma, None),
-                (LanePath::Rdma, _) => (Over::Rdma, Some(Over::Tcp)),
-                _ => (Over::Tcp, None),
-            };
-            let ticket = tickets.draw(lane, over);
-            let over_tcp = second.map(|over| tickets.draw(lane, over));
-            LaneTicket { path, ticket, cpu, over_tcp }
-        });
-        let lanes = lanes.collect();
         self.tickets = Some(tickets);
+        let lanes = self.draw_tickets(path).expect("set just now");
         Ok(Choice {
             lanes,
             refused: lanes::refused(&offer.lanes, path, no_rdma.as_deref()),
@@ -189,7 +230,7 @@ impl Intake {
     }
 
     /// Starts a lane whose ticket is one of this session's and was not used before. A lane over TCP
-    /// where those over RDMA were chosen means that the source has done with them.
+    /// where those over RDMA were chosen means that the source could not open those.
     pub(super) fn admit(&mut self, lane: ArrivingLane) -> Result<(), Failure> {
         if self.encrypted && !lane.is_encrypted() {
             lane.refuse(Refusal::Ticket);
@@ -250,25 +291,25 @@ impl Intake {
         Ok((index, self.cpus[index].map(usize::from)))
     }
 
-    /// Ends every lane over RDMA before the first over TCP is answered: nothing older can arrive
-    /// after what the source sends from then on. What those lanes had told is forgotten; the round
-    /// on its way comes again.
+    /// The source has done with lanes over RDMA: those that were opened are ended, none are taken.
     fn fall_back(&mut self) {
         self.fell_back = true;
         self.fence();
-        self.rdma_arrivals = never();
         self.placed = 0;
         (self.to_events, self.events) = unbounded();
     }
 
-    /// Ends every lane; when it returns, none of them will ever place a byte again.
-    pub(super) fn fence(&mut self) {
+    /// Ends every lane; when it returns, none of them will ever place a byte again. What they have
+    /// placed, of those that can tell.
+    pub(super) fn fence(&mut self) -> Vec<Placed> {
+        let mut placed = Vec::new();
         for lane in self.lanes.iter_mut().filter_map(Option::take) {
             match lane {
-                Taken::Tcp(lane) => drop(lane.fence()),
+                Taken::Tcp(lane) => placed.push(lane.fence().1),
                 Taken::Rdma(lane) => drop(lane.fence()),
             }
         }
+        placed
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, after, never, select, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::clear;
-use pageferry_datapath::control::{Abort, AbortReason, Choice, Message, Offer, Welcome};
+use pageferry_datapath::control::{Choice, Hello, LanesLost, Message, Offer, Welcome};
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::limits;
 use pageferry_datapath::populate::Populate;
@@ -16,7 +17,8 @@ use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::{Command, Input, Outcome, Phase, Target, TargetConfig};
 
-use super::super::acceptor::{Acceptor, Arrival};
+use super::super::acceptor::ArrivingLane;
+use super::super::control::{Control, Event};
 use super::super::digest_job::DigestJob;
 use super::super::failure;
 use super::super::hold::Hold;
@@ -37,12 +39,16 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// One migration at the target.
 pub(super) struct Session<'a> {
     options: &'a TargetOptions,
-    link: Link,
+    control: Control,
+    arrivals: Receiver<ArrivingLane>,
+    lanes_lost: Receiver<LanesLost>,
+    /// Told to the server: from here on the source may decide to hand over.
+    loaded: Arc<AtomicBool>,
     started: Instant,
     hold: Hold<Input>,
     inputs: Receiver<Input>,
     to_inputs: Sender<Input>,
-    session: Option<SessionId>,
+    session: SessionId,
     intake: Intake,
     memory: GuestMemory,
     monitor: Option<Box<dyn TargetMonitor>>,
@@ -50,21 +56,61 @@ pub(super) struct Session<'a> {
     digest: Option<DigestJob>,
     state: Option<Arc<dyn StateStream>>,
     records: Option<Records>,
-    /// Device state is loaded: from here on the source may decide to hand over.
-    loaded: bool,
+}
+
+/// What the server keeps of a session that it started.
+pub(super) struct Handle {
+    /// Its control connection.
+    pub(super) control: Control,
+    /// Where its lanes go.
+    pub(super) lanes: Sender<ArrivingLane>,
+    /// Ends it.
+    pub(super) cancel: Sender<()>,
+    /// The source may have decided to hand over.
+    pub(super) loaded: Arc<AtomicBool>,
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(options: &'a TargetOptions, link: Link) -> Self {
+    /// Begins with what the source said first.
+    pub(super) fn new(
+        options: &'a TargetOptions,
+        link: Link,
+        hello: Hello,
+    ) -> (Self, Handle, Receiver<()>) {
         let (to_inputs, inputs) = unbounded();
-        Self {
+        let (to_lanes_lost, lanes_lost) = unbounded();
+        let (lanes, arrivals) = unbounded();
+        let (cancel, cancelled) = unbounded();
+        let loaded = Arc::new(AtomicBool::new(false));
+        let session = hello.session;
+        let events = to_inputs.clone();
+        let on_event = move |event| {
+            let input = match event {
+                Event::Message(Message::LanesLost(lost)) => {
+                    let _nobody_waits_after_the_end = to_lanes_lost.send(lost);
+                    return;
+                }
+                Event::Message(message) => Input::Message(message),
+                Event::Lost(error) => Input::PeerLost(lost(&error)),
+                Event::Cut(error) => return tracing::warn!(%error, "the source is cut off"),
+                Event::Restored { away } => return tracing::warn!(?away, "the source is back"),
+            };
+            let _nobody_waits_after_the_end = events.send(input);
+        };
+        let control = Control::target(link, hello, options.reconnect, on_event);
+        let handle =
+            Handle { control: control.clone(), lanes, cancel, loaded: Arc::clone(&loaded) };
+        let session = Self {
             options,
-            link,
+            control,
+            arrivals,
+            lanes_lost,
+            loaded,
             started: Instant::now(),
             hold: Hold::from_environment(),
             inputs,
             to_inputs,
-            session: None,
+            session,
             intake: Intake::new(options.lanes.clone()),
             memory: GuestMemory::default(),
             monitor: None,
@@ -72,33 +118,28 @@ impl<'a> Session<'a> {
             digest: None,
             state: None,
             records: None,
-            loaded: false,
-        }
+        };
+        (session, handle, cancelled)
     }
 
+    /// Takes the guest in, however that ends.
     pub(super) fn run(
         mut self,
-        acceptor: &Acceptor,
         open_monitor: &OpenMonitor<'_>,
         cancel: &Receiver<()>,
-        tell: &mut dyn FnMut(&str),
     ) -> TargetResult {
-        let to_inputs = self.to_inputs.clone();
-        let reader = self.link.read_with(move |message| {
-            let input = match message {
-                Ok(message) => Input::Message(message),
-                Err(error) => Input::PeerLost(lost(&error)),
-            };
-            let _nobody_waits_after_the_end = to_inputs.send(input);
-        });
-        let welcome =
-            Welcome { software: host::software(), host: host::name(), boot_id: host::boot_id() };
+        let welcome = Welcome {
+            software: host::software(),
+            host: host::name(),
+            boot_id: host::boot_id(),
+            rejoin_key: self.control.key(),
+        };
         let mut machine = Target::start(TargetConfig { welcome }, self.now());
         let (mut commands, mut ready) = (Vec::new(), VecDeque::new());
         while machine.outcome().is_none() {
             let mut wait = |session: &mut Self| match ready.pop_front() {
                 Some(input) => input,
-                None => session.wait(machine.deadline(), acceptor, cancel, tell),
+                None => session.wait(machine.deadline(), cancel),
             };
             let input = self.next(machine.phase(), &mut wait);
             self.note(&input);
@@ -108,7 +149,7 @@ impl<'a> Session<'a> {
                 ready.extend(answer.unwrap_or_else(|failure| Some(Input::Failed(failure))));
             }
         }
-        self.finish(machine, reader)
+        self.finish(machine)
     }
 
     fn now(&self) -> Duration {
@@ -136,23 +177,23 @@ impl<'a> Session<'a> {
         self.hold.pop().unwrap_or_else(|| wait(self))
     }
 
-    fn wait(
-        &mut self,
-        deadline: Option<Duration>,
-        acceptor: &Acceptor,
-        cancel: &Receiver<()>,
-        tell: &mut dyn FnMut(&str),
-    ) -> Input {
+    fn wait(&mut self, deadline: Option<Duration>, cancel: &Receiver<()>) -> Input {
         let until = deadline.map_or(LOOK_EVERY, |at| at.saturating_sub(self.now()));
         select! {
             recv(self.inputs) -> input => input.expect("this session holds a sender"),
             recv(self.intake.events()) -> event => {
                 self.intake.heard(event.expect("the intake holds a sender"))
             }
-            recv(acceptor.arrivals()) -> arrival => {
-                let arrived = arrival.map_or(Ok(()), |arrival| self.arrived(arrival, tell));
-                arrived.map_or_else(Input::Failed, |()| Input::Tick)
-            }
+            recv(self.arrivals) -> lane => match lane {
+                Ok(lane) => {
+                    let admitted = self.intake.admit(lane);
+                    admitted.map_or_else(Input::Failed, |()| Input::Tick)
+                }
+                Err(_) => {
+                    self.arrivals = never();
+                    Input::Tick
+                }
+            },
             recv(self.intake.rdma_arrivals()) -> lane => {
                 match lane {
                     Ok(lane) => self.intake.admit_rdma(lane),
@@ -160,44 +201,44 @@ impl<'a> Session<'a> {
                 }
                 Input::Tick
             }
+            recv(self.lanes_lost) -> lost => {
+                self.renew_lanes(&lost.expect("the control connection's callback holds a sender"))
+            }
             recv(cancel) -> _ => Input::Cancelled,
             recv(after(until.min(LOOK_EVERY))) -> _ => self.look(),
         }
     }
 
+    /// The source lost its lanes: ends what is left of them and lets it open others.
+    fn renew_lanes(&mut self, lost: &LanesLost) -> Input {
+        let Some(renewed) = self.intake.renew(lost) else {
+            return Input::Tick; // It has none yet, and can't have lost any.
+        };
+        tracing::warn!(round = ?lost.round, "the source lost its lanes; it gets new ones");
+        self.send(&Message::NewLanes(renewed)).unwrap_or(Input::Tick)
+    }
+
+    /// Sends a message; what the machine hears if that is of no use any more.
+    fn send(&self, message: &Message) -> Option<Input> {
+        self.control.send(message).err().map(|error| Input::PeerLost(lost(&error)))
+    }
+
     /// Time has passed; is the monitor still there?
-    fn look(&self) -> Input {
+    fn look(&mut self) -> Input {
+        if let Some(failure) = self.intake.given_up(self.options.reconnect) {
+            return Input::Failed(failure);
+        }
         match self.monitor.as_ref().is_none_or(|monitor| monitor.is_alive()) {
             true => Input::Tick,
             false => Input::Failed(failure::monitor_gone("target")),
         }
     }
 
-    /// What the hello says is needed here too: which session, and whether both ends share a
-    /// machine.
+    /// What the hello says is needed here too: whether both ends share a machine.
     fn note(&mut self, input: &Input) {
         if let Input::Message(Message::Hello(hello)) = input {
-            self.session = Some(hello.session);
             self.intake.same_host = !hello.boot_id.is_empty() && hello.boot_id == host::boot_id();
         }
-    }
-
-    fn arrived(&mut self, arrival: Arrival, tell: &mut dyn FnMut(&str)) -> Result<(), Failure> {
-        match arrival {
-            Arrival::Lane(lane) => self.intake.admit(lane)?,
-            Arrival::Control(channel) => {
-                let busy = Message::Abort(Abort {
-                    reason: AbortReason::Refused,
-                    text: "the target is taking in another guest".into(),
-                    hint: Some("start a target of its own for each guest, or wait".into()),
-                });
-                // Whoever it was may be gone again.
-                let _nothing_to_do_about_it =
-                    Link::over(channel).and_then(|link| link.send(&busy).map(|()| link.finish()));
-            }
-            Arrival::Stranger { from, reason } => tell(&format!("{from}: {reason}")),
-        }
-        Ok(())
     }
 
     fn carry_out(
@@ -206,10 +247,7 @@ impl<'a> Session<'a> {
         open_monitor: &OpenMonitor<'_>,
     ) -> Result<Option<Input>, Failure> {
         Ok(match command {
-            Command::Send(message) => match self.link.send(&message) {
-                Ok(()) => None,
-                Err(error) => Some(Input::PeerLost(lost(&error))),
-            },
+            Command::Send(message) => self.send(&message),
             Command::Inspect(offer) => Some(Input::Inspected(self.inspect(&offer, open_monitor)?)),
             Command::BeginRound { round, pages } => {
                 if round == RoundIndex(0) {
@@ -246,21 +284,21 @@ impl<'a> Session<'a> {
         self.memory = monitor.inspect(offer)?;
         self.records = Some(self.begin_record(monitor.pid())?);
         self.monitor = Some(monitor);
-        let at = self.link.local().map(|address| address.ip());
-        let session = self.session.expect("the hello came before the offer");
+        let at = self.control.local().map(|address| address.ip());
         let secret = self
-            .link
-            .lane_secret(session)
+            .control
+            .lane_secret()
             .map_err(|error| failure::host("lane tickets", &error, None))?;
-        self.intake.agree(offer, self.memory.clone(), at, Tickets::new(session, &secret))
+        let tickets = Tickets::new(self.session, &secret);
+        self.intake.agree(offer, self.memory.clone(), at, tickets)
     }
 
     fn begin_record(&self, pid: i32) -> Result<Records, Failure> {
         let record = Record {
-            session: self.session.expect("the hello came before the offer"),
+            session: self.session,
             role: Role::Target,
             decision: Decision::Attempting,
-            peer: self.link.peer().map(|peer| peer.to_string()).unwrap_or_default(),
+            peer: self.control.peer().map(|peer| peer.to_string()).unwrap_or_default(),
             qmp: self.options.qmp.clone().unwrap_or_default(),
             pid,
             sequence: 0,
@@ -290,12 +328,12 @@ impl<'a> Session<'a> {
         let monitor = self.monitor.as_mut().expect("inspected before");
         let stream = monitor.prepare_incoming()?;
         self.state = Some(Arc::clone(&stream));
-        let link = self.link.clone();
+        let control = self.control.clone();
         // What this monitor answers to the source's. It ends when the monitor closes its end.
         let relay = move || {
             let mut chunk = vec![0; limits::STATE_CHUNK_BYTES_MAX];
             while let Ok(count @ 1..) = stream.read(&mut chunk) {
-                if link.send(&Message::ReturnPath(chunk[..count].to_vec())).is_err() {
+                if control.send(&Message::ReturnPath(chunk[..count].to_vec())).is_err() {
                     break;
                 }
             }
@@ -328,7 +366,7 @@ impl<'a> Session<'a> {
         let started = Instant::now();
         self.state().finish().map_err(|error| failure::host("device state", &error, None))?;
         self.monitor.as_mut().expect("inspected before").state_loaded()?;
-        self.loaded = true;
+        self.loaded.store(true, Ordering::Relaxed);
         Ok(Input::Loaded { took: started.elapsed() })
     }
 
@@ -354,6 +392,7 @@ impl<'a> Session<'a> {
 
     /// Whether what was loaded could be dropped.
     fn unwind(&mut self) -> bool {
+        let loaded = self.loaded.load(Ordering::Relaxed);
         self.digest = None;
         self.intake.fence();
         self.stop_populating();
@@ -361,7 +400,7 @@ impl<'a> Session<'a> {
         // hear of this, it is the record here that gives the guest back to it.
         if let Some(Err(error)) = self.records.as_mut().map(|it| it.write(Decision::Aborted)) {
             tracing::warn!(%error, "the end of this session is not on record");
-            if self.loaded {
+            if loaded {
                 return false;
             }
         }
@@ -370,7 +409,7 @@ impl<'a> Session<'a> {
         }
         self.state = None;
         // Before it was loaded the source can't have decided.
-        if let Some(records) = self.records.take_if(|_| !self.loaded) {
+        if let Some(records) = self.records.take_if(|_| !loaded) {
             records.forget();
         }
         true
@@ -385,18 +424,18 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn finish(mut self, machine: Target, reader: thread::JoinHandle<()>) -> TargetResult {
+    fn finish(mut self, machine: Target) -> TargetResult {
         let total = self.now();
         let outcome = machine.outcome().expect("the loop ends with it").clone();
         if let Some(records) = self.records.take_if(|_| outcome == Outcome::Runs) {
             records.forget();
         }
-        self.link.finish();
-        let deadline = Instant::now() + GOODBYE_WAIT;
-        while !reader.is_finished() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(5));
+        // That the guest runs here the source has to hear, however long that takes.
+        match outcome {
+            Outcome::Runs => self.control.finish(self.options.reconnect, true),
+            _ => self.control.finish(GOODBYE_WAIT, false),
         }
-        self.link.close();
+        self.control.close();
         self.intake.fence();
         self.stop_populating();
         TargetResult { session: self.session, outcome, total }

@@ -1,0 +1,551 @@
+//! The control connection of one session; it outlives the TCP connections under it.
+//!
+//! ```text
+//!   agent ── send ──> kept until heard ──> Link ══ TCP ══> peer
+//!   agent <─ event ── counted <────────── reader
+//!                     heart: `Heard` twice a second; silence is a cut
+//!            source: makes a new Link, and says Rejoin     (pf-rejoin)
+//!            target: is given the new Link by its server   ([`Control::adopt`])
+//! ```
+//!
+//! Every message is counted on either side, and kept until the peer has heard it, so that after a
+//! cut each side sends what the other has not heard, once and in order. A cut that lasts longer than
+//! the patience, or a peer that does not rejoin, is a lost peer; the state machines never hear of
+//! any other. What the messages mean is none of its business, except [`Message::Hello`] and
+//! [`Message::Welcome`], which agree on all this.
+//!
+//! Locks, in this order: `writing`, `delivery`, `state`. Who holds `delivery` only tries `writing`;
+//! nothing blocks while `state` is held.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pageferry_datapath::control::{Heard, Hello, Message, Rejoin, Ticket, encode};
+use pageferry_datapath::ids::SessionId;
+
+use super::link::{Link, LinkError};
+use super::tls::Security;
+use crate::limits;
+
+/// What happens on a control connection.
+#[derive(Debug)]
+pub enum Event {
+    /// The peer said this.
+    Message(Message),
+    /// The connection under it is gone; what is sent from here on waits.
+    Cut(LinkError),
+    /// There is a new one, and nothing was lost.
+    Restored {
+        /// Since the peer was heard last.
+        away: Duration,
+    },
+    /// The peer is gone for good: nothing will come any more.
+    Lost(LinkError),
+}
+
+type Connect = dyn Fn(Duration) -> Result<Link, LinkError> + Send + Sync;
+type OnEvent = dyn FnMut(Event) + Send;
+
+/// A control connection, shared by those who send on it.
+#[derive(Clone)]
+pub struct Control {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    delivery: Mutex<Box<OnEvent>>,
+    writing: Mutex<()>,
+    state: Mutex<State>,
+    /// Told when messages were heard, and when the connection is cut, restored or ended.
+    changed: Condvar,
+    /// Source: how to come back.
+    connect: Option<Box<Connect>>,
+}
+
+struct State {
+    link: Link,
+    /// Which connection this is; the readers of those before have nothing more to say.
+    generation: u64,
+    /// There is no connection.
+    cut: bool,
+    /// The peer is gone, or this side has done with it.
+    ended: bool,
+    /// One side has said its last: the end of the connection is the end.
+    closing: bool,
+    /// Source: who comes back.
+    session: SessionId,
+    /// Shown by the source when it comes back; `None` as long as it may not.
+    key: Option<Ticket>,
+    sent: u64,
+    /// Frames that the peer may not have heard, the oldest first; the last is number `sent`.
+    kept: VecDeque<Vec<u8>>,
+    kept_bytes: usize,
+    received: u64,
+    /// How much of it the peer knows.
+    told: u64,
+    heard_at: Instant,
+    patience: Duration,
+}
+
+impl Control {
+    /// The source's, on a new connection; `connect` makes others after a cut.
+    pub fn source(
+        link: Link,
+        session: SessionId,
+        patience: Duration,
+        connect: impl Fn(Duration) -> Result<Link, LinkError> + Send + Sync + 'static,
+        on_event: impl FnMut(Event) + Send + 'static,
+    ) -> Self {
+        let state = State::new(link, session, None, patience);
+        let reads = state.link.clone();
+        let control = Self::start(state, Some(Box::new(connect)), Box::new(on_event));
+        control.read(0, &reads);
+        control
+    }
+
+    /// The target's, on a connection that began with `hello`.
+    pub fn target(
+        link: Link,
+        hello: Hello,
+        patience: Duration,
+        on_event: impl FnMut(Event) + Send + 'static,
+    ) -> Self {
+        let key = hello.rejoins.then(|| Ticket::random().expect("the kernel has random bytes"));
+        let state = State::new(link, hello.session, key, patience);
+        let reads = state.link.clone();
+        let control = Self::start(state, None, Box::new(on_event));
+        control.deliver(0, Message::Hello(hello));
+        control.read(0, &reads);
+        control
+    }
+
+    fn start(state: State, connect: Option<Box<Connect>>, on_event: Box<OnEvent>) -> Self {
+        let shared = Shared {
+            delivery: Mutex::new(on_event),
+            writing: Mutex::default(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            connect,
+        };
+        let control = Self { shared: Arc::new(shared) };
+        let theirs = control.clone();
+        spawn("pf-heart", move || theirs.beat());
+        control
+    }
+
+    /// Target: what the source has to show when it comes back, if it may.
+    pub fn key(&self) -> Option<Ticket> {
+        self.state().key
+    }
+
+    /// Sends one message; while the connection is cut it is kept. Blocks for a peer that doesn't
+    /// keep up.
+    pub fn send(&self, message: &Message) -> Result<(), LinkError> {
+        let frame = encode(message);
+        let _whole_frames_in_order = lock(&self.shared.writing);
+        let mut state = self.state();
+        while state.cut && !state.ended && state.kept_bytes > limits::CONTROL_KEPT_BYTES_MAX {
+            state = self.shared.changed.wait(state).unwrap_or_else(|poison| poison.into_inner());
+        }
+        if state.ended {
+            return Err(LinkError::Closed);
+        }
+        state.sent += 1;
+        let (link, cut, keeps) = (state.link.clone(), state.cut, state.keeps());
+        let generation = state.generation;
+        if keeps {
+            state.kept_bytes += frame.len();
+            state.kept.push_back(frame.clone());
+        }
+        drop(state);
+        if cut {
+            return Ok(());
+        }
+        match link.send_frame(&frame) {
+            Err(error) if keeps => {
+                self.cut(generation, error);
+                Ok(())
+            }
+            sent => sent,
+        }
+    }
+
+    /// How long the peer may be silent from now on.
+    pub fn set_patience(&self, patience: Duration) {
+        self.state().patience = patience;
+    }
+
+    /// The peer is not waited for any longer.
+    pub fn give_up(&self) {
+        self.lose(LinkError::Superseded);
+    }
+
+    /// Whether a cut is got over.
+    pub fn rejoins(&self) -> bool {
+        self.state().key.is_some()
+    }
+
+    /// Whether there is no connection at the moment.
+    pub fn is_cut(&self) -> bool {
+        self.state().cut
+    }
+
+    /// Target: the source came back on `link`, and has heard `received` messages. An error if it is
+    /// not the source of this session.
+    pub fn adopt(&self, link: Link, rejoin: &Rejoin) -> Result<(), NotAdopted> {
+        let mut state = self.state();
+        let known = state.key == Some(rejoin.key)
+            && state.session == rejoin.session
+            && state.link.security() == link.security();
+        if state.ended || !known {
+            return Err(NotAdopted);
+        }
+        // Whoever is stuck in a write to the old connection gets out of it, and what is still read
+        // from it is not counted any more.
+        state.leave();
+        drop(state);
+        let _nothing_in_between = lock(&self.shared.writing);
+        let received = self.state().received;
+        if link.send(&Message::Rejoined(Heard { received })).is_err() {
+            return Ok(()); // It was the source, and is gone once more.
+        }
+        self.install(link, rejoin.received).map_err(|_| NotAdopted)
+    }
+
+    /// Waits until the peer has heard everything, at most so long, `through_cuts` or until the
+    /// connection is cut; then tells it that nothing more will come. A peer that does not say what
+    /// it has heard is waited for until it closes.
+    pub fn finish(&self, within: Duration, through_cuts: bool) {
+        let until = Instant::now() + within;
+        self.tell();
+        self.wait_while(until, |state| {
+            let unheard = state.key.is_some() && !state.kept.is_empty();
+            !state.ended && unheard && (through_cuts || !state.cut)
+        });
+        let mut state = self.state();
+        state.closing = true;
+        let (link, tells) = (state.link.clone(), state.key.is_some());
+        drop(state);
+        link.finish();
+        if !tells {
+            self.wait_while(until, |state| !state.ended);
+        }
+    }
+
+    fn wait_while(&self, until: Instant, mut condition: impl FnMut(&State) -> bool) {
+        let mut state = self.state();
+        while condition(&state) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.shared.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(|poison| poison.into_inner()).0;
+        }
+    }
+
+    /// Ends the connection in both directions, and this.
+    pub fn close(&self) {
+        let mut state = self.state();
+        state.ended = true;
+        state.link.close();
+        self.shared.changed.notify_all();
+    }
+
+    /// How the connection is secured, and who the peer is.
+    pub fn security(&self) -> Security {
+        self.state().link.security().clone()
+    }
+
+    /// What the session's lane tickets are drawn from.
+    pub fn lane_secret(&self) -> std::io::Result<[u8; 32]> {
+        let (link, session) = (self.state().link.clone(), self.state().session);
+        link.lane_secret(session)
+    }
+
+    /// This end's address.
+    pub fn local(&self) -> Option<SocketAddr> {
+        self.state().link.local()
+    }
+
+    /// The peer's address.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.state().link.peer()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.shared.state)
+    }
+
+    fn read(&self, generation: u64, link: &Link) {
+        let control = self.clone();
+        link.read_with(move |message| match message {
+            Ok(message) => control.deliver(generation, message),
+            Err(error) => control.cut(generation, error),
+        });
+    }
+
+    /// Counts a message and hands it on.
+    fn deliver(&self, generation: u64, message: Message) {
+        let mut on_event = lock(&self.shared.delivery);
+        let mut state = self.state();
+        if state.generation != generation || state.ended {
+            return;
+        }
+        state.heard_at = Instant::now();
+        match &message {
+            Message::Heard(Heard { received }) => {
+                if state.forget(*received).is_err() {
+                    drop((state, on_event));
+                    return self.lose(LinkError::Miscounted);
+                }
+                self.shared.changed.notify_all();
+                return;
+            }
+            Message::Welcome(welcome) if self.shared.connect.is_some() => {
+                state.key = welcome.rejoin_key;
+                if state.key.is_none() {
+                    state.kept.clear();
+                    state.kept_bytes = 0;
+                }
+            }
+            _ => {}
+        }
+        state.received += 1;
+        state.closing |= matches!(message, Message::Running(_) | Message::Abort(_));
+        let untold = state.received - state.told;
+        let tell = state.key.is_some() && (untold >= limits::HEARD_EVERY || is_last(&message));
+        drop(state);
+        if tell {
+            self.tell();
+        }
+        on_event(Event::Message(message));
+    }
+
+    /// Tells the peer what was heard, unless somebody is writing: then it is told later.
+    fn tell(&self) {
+        let Ok(_whole_frames) = self.shared.writing.try_lock() else { return };
+        let mut state = self.state();
+        if state.cut || state.ended || state.key.is_none() {
+            return;
+        }
+        state.told = state.received;
+        let (link, heard) = (state.link.clone(), Heard { received: state.received });
+        drop(state);
+        // The reader sees a connection that is gone.
+        let _the_reader_sees_it = link.send(&Message::Heard(heard));
+    }
+
+    /// A connection is gone; the reader of it says so, or who wrote to it.
+    fn cut(&self, generation: u64, error: LinkError) {
+        let mut on_event = lock(&self.shared.delivery);
+        let mut state = self.state();
+        if state.generation != generation || state.ended || state.cut {
+            return;
+        }
+        let comes_back =
+            state.key.is_some() && !state.closing && !matches!(error, LinkError::Misbehaved(_));
+        state.leave();
+        state.ended = !comes_back;
+        drop(state);
+        self.shared.changed.notify_all();
+        if !comes_back {
+            return on_event(Event::Lost(error));
+        }
+        on_event(Event::Cut(error));
+        if self.shared.connect.is_some() {
+            let control = self.clone();
+            spawn("pf-rejoin", move || control.rejoin());
+        }
+    }
+
+    /// The peer is gone for good.
+    fn lose(&self, error: LinkError) {
+        let mut on_event = lock(&self.shared.delivery);
+        let mut state = self.state();
+        if std::mem::replace(&mut state.ended, true) {
+            return;
+        }
+        state.link.close();
+        drop(state);
+        self.shared.changed.notify_all();
+        on_event(Event::Lost(error));
+    }
+
+    /// Source: tries to come back until it is there or the patience is over.
+    fn rejoin(&self) {
+        let connect = self.shared.connect.as_ref().expect("a source has a way back");
+        let mut pause = limits::REJOIN_PAUSE_MIN;
+        let mut refused = 0;
+        loop {
+            let state = self.state();
+            let left = state.patience.saturating_sub(state.heard_at.elapsed());
+            if state.ended {
+                return;
+            }
+            drop(state);
+            let error = match self.try_rejoin(&**connect, left.min(limits::REJOIN_TRY_MAX)) {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            refused += u32::from(error.is_refused());
+            // The host is there, and nobody listens: whoever knew of this session is gone.
+            let gone = refused >= limits::REJOIN_REFUSALS_MAX || error.is_final();
+            if gone || left.is_zero() {
+                return self.lose(error);
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(limits::REJOIN_PAUSE_MAX);
+        }
+    }
+
+    fn try_rejoin(&self, connect: &Connect, within: Duration) -> Result<(), LinkError> {
+        let within = within.max(limits::REJOIN_PAUSE_MIN);
+        let link = connect(within)?;
+        // Nobody writes in between; and the count that is told is one of a reader that is gone.
+        let _nothing_in_between = lock(&self.shared.writing);
+        let state = self.state();
+        let (session, received) = (state.session, state.received);
+        let key = state.key.ok_or(LinkError::Closed)?;
+        drop(state);
+        link.send(&Message::Rejoin(Rejoin { session, key, received }))?;
+        match link.receive(within)? {
+            Message::Rejoined(Heard { received }) => self.install(link, received),
+            Message::Abort(abort) => Err(LinkError::NotRejoined { text: abort.text }),
+            _ => Err(LinkError::NotRejoined { text: "it answered with something else".into() }),
+        }
+    }
+
+    /// Goes on with a new connection, whose other end has heard `received` messages. The caller
+    /// holds `writing`.
+    fn install(&self, link: Link, received: u64) -> Result<(), LinkError> {
+        let mut state = self.state();
+        if state.ended {
+            return Err(LinkError::Closed);
+        }
+        state.forget(received)?;
+        let kept: Vec<_> = state.kept.iter().cloned().collect();
+        let away = state.heard_at.elapsed();
+        state.generation += 1;
+        state.told = state.received;
+        state.heard_at = Instant::now();
+        (state.cut, state.link) = (false, link.clone());
+        let generation = state.generation;
+        drop(state);
+        self.shared.changed.notify_all();
+        let (control, reads) = (self.clone(), link.clone());
+        spawn("pf-restored", move || {
+            lock(&control.shared.delivery)(Event::Restored { away });
+            control.read(generation, &reads);
+        });
+        for frame in kept {
+            if link.send_frame(&frame).is_err() {
+                break; // The reader sees that it is gone again, and says so.
+            }
+        }
+        Ok(())
+    }
+
+    /// Twice a second says what was heard, and looks whether the peer is still heard.
+    fn beat(&self) {
+        let mut beat_at = Instant::now();
+        loop {
+            let state = self.state();
+            if state.ended {
+                return;
+            }
+            let waited = self.shared.changed.wait_timeout(state, limits::HEART_LOOKS_EVERY);
+            let state = waited.unwrap_or_else(|poison| poison.into_inner()).0;
+            if state.ended || state.key.is_none() {
+                continue;
+            }
+            let (silent, generation) = (state.heard_at.elapsed(), state.generation);
+            let (cut, patience) = (state.cut, state.patience);
+            drop(state);
+            if silent > patience && (!cut || self.shared.connect.is_none()) {
+                self.lose(LinkError::Silent { waited: silent });
+            } else if silent > limits::SILENCE_MAX && !cut {
+                self.cut(generation, LinkError::Silent { waited: silent });
+            }
+            if beat_at.elapsed() >= limits::HEARD_SAID_EVERY {
+                beat_at = Instant::now();
+                self.tell();
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").finish_non_exhaustive()
+    }
+}
+
+/// Whoever came back is not the source of this session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no such session to go on with")]
+pub struct NotAdopted;
+
+impl State {
+    fn new(link: Link, session: SessionId, key: Option<Ticket>, patience: Duration) -> Self {
+        Self {
+            link,
+            generation: 0,
+            cut: false,
+            ended: false,
+            closing: false,
+            session,
+            key,
+            sent: 0,
+            kept: VecDeque::new(),
+            kept_bytes: 0,
+            received: 0,
+            told: 0,
+            heard_at: Instant::now(),
+            patience,
+        }
+    }
+
+    /// There is no connection any more; what its reader still brings does not count.
+    fn leave(&mut self) {
+        self.cut = true;
+        self.generation += 1;
+        self.link.close();
+    }
+
+    /// Whether what is sent may have to be sent again. A source does not know before the welcome.
+    fn keeps(&self) -> bool {
+        self.key.is_some() || self.sent <= 1
+    }
+
+    /// The peer has heard so many messages; what it says is checked against what was sent.
+    fn forget(&mut self, received: u64) -> Result<(), LinkError> {
+        let unheard = self.sent.checked_sub(received).ok_or(LinkError::Miscounted)?;
+        if unheard > self.kept.len() as u64 {
+            return Err(LinkError::Miscounted);
+        }
+        while self.kept.len() as u64 > unheard {
+            self.kept_bytes -= self.kept.pop_front().map_or(0, |frame| frame.len());
+        }
+        Ok(())
+    }
+}
+
+/// After these a side may go: the other must know soon that they were heard.
+fn is_last(message: &Message) -> bool {
+    matches!(message, Message::Commit | Message::Running(_) | Message::Abort(_))
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
+    thread::Builder::new().name(name.into()).spawn(body).expect("the process can start threads");
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,173 @@
+//! Whose is what arrives: new migrations, lanes of those that are on their way, sources that come
+//! back after a cut.
+//!
+//! Owned by the thread that calls [`serve`]; each migration runs on a thread of its own and tells
+//! it when it is over.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
+use std::thread::{self, Scope};
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
+use pageferry_datapath::control::{Abort, AbortReason, Hello, Message, Rejoin};
+use pageferry_datapath::framing::hello::Refusal;
+use pageferry_datapath::ids::SessionId;
+
+use super::super::acceptor::{Acceptor, Arrival};
+use super::super::control::{Control, NotAdopted};
+use super::super::link::Link;
+use super::session::{Handle, Session};
+use super::{OpenMonitor, TargetOptions, TargetResult};
+use crate::limits;
+
+/// Takes migrations in until cancelled, or until `done` says that one that ended was the last.
+/// Those still on their way are cancelled then.
+pub fn serve(
+    options: &TargetOptions,
+    acceptor: &Acceptor,
+    open_monitor: &OpenMonitor<'_>,
+    cancel: &Receiver<()>,
+    tell: &mut dyn FnMut(&str),
+    done: &mut dyn FnMut(TargetResult) -> ControlFlow<()>,
+) {
+    let (to_ended, ended) = unbounded();
+    thread::scope(|scope| {
+        let sessions = HashMap::new();
+        let waiting = None;
+        let mut server = Server { options, open_monitor, scope, to_ended, sessions, waiting };
+        loop {
+            select! {
+                recv(acceptor.arrivals()) -> arrival => match arrival {
+                    Ok(arrival) => server.arrived(arrival, tell),
+                    Err(_) => break,
+                },
+                recv(ended) -> result => {
+                    let result: TargetResult = result.expect("the server holds a sender");
+                    server.sessions.remove(&result.session);
+                    if done(result).is_break() {
+                        break;
+                    }
+                    server.start_waiting();
+                }
+                recv(after(limits::SUPERSEDING_LOOKS_EVERY)) -> _ => server.refuse_waiting(),
+                recv(cancel) -> _ => break,
+            }
+        }
+        server.stop();
+        while !server.sessions.is_empty() {
+            let result: TargetResult = ended.recv().expect("the server holds a sender");
+            server.sessions.remove(&result.session);
+            let _it_ends_anyway = done(result);
+        }
+    });
+}
+
+struct Server<'scope, 'env> {
+    options: &'env TargetOptions,
+    open_monitor: &'env OpenMonitor<'env>,
+    scope: &'scope Scope<'scope, 'env>,
+    to_ended: Sender<TargetResult>,
+    sessions: HashMap<SessionId, Handle>,
+    /// Comes as soon as the one that it takes the place of has ended.
+    waiting: Option<(Link, Hello, Instant)>,
+}
+
+impl Server<'_, '_> {
+    fn arrived(&mut self, arrival: Arrival, tell: &mut dyn FnMut(&str)) {
+        match arrival {
+            Arrival::Lane(lane) => match self.sessions.get(&lane.hello().session) {
+                Some(session) => {
+                    // One that has just ended drops the lane, which closes it.
+                    let _dropped_with_it = session.lanes.send(lane);
+                }
+                None => lane.refuse(Refusal::Ticket),
+            },
+            Arrival::Control { link, first } => match *first {
+                Message::Hello(hello) => self.begin(link, hello),
+                Message::Rejoin(rejoin) => {
+                    let known = self.sessions.get(&rejoin.session);
+                    let control = known.map(|session| session.control.clone());
+                    self.scope.spawn(move || come_back(control, &link, &rejoin));
+                }
+                _ => refuse(&link, "a session begins with a hello", None),
+            },
+            Arrival::Stranger { from, reason } => tell(&format!("{from}: {reason}")),
+        }
+    }
+
+    /// Starts a session, if there is room. One that is cut off and has loaded nothing makes room:
+    /// its source may have been started again.
+    fn begin(&mut self, link: Link, hello: Hello) {
+        if self.sessions.contains_key(&hello.session) || self.waiting.is_some() {
+            return busy(&link);
+        }
+        if self.sessions.len() < self.options.sessions_max {
+            return self.start(link, hello);
+        }
+        let cut_off =
+            |session: &&Handle| session.control.is_cut() && !session.loaded.load(Ordering::Relaxed);
+        match self.sessions.values().find(cut_off) {
+            Some(session) => {
+                session.control.give_up();
+                self.waiting = Some((link, hello, Instant::now()));
+            }
+            None => busy(&link),
+        }
+    }
+
+    fn start(&mut self, link: Link, hello: Hello) {
+        let id = hello.session;
+        let (session, handle, cancelled) = Session::new(self.options, link, hello);
+        self.sessions.insert(id, handle);
+        let (open_monitor, to_ended) = (self.open_monitor, self.to_ended.clone());
+        self.scope.spawn(move || {
+            let run = AssertUnwindSafe(|| session.run(open_monitor, &cancelled));
+            // A bug: the guests' owners are in the records, and nobody waits for this one.
+            let result = catch_unwind(run).unwrap_or_else(|_| std::process::exit(101));
+            to_ended.send(result).expect("the server waits for every session");
+        });
+    }
+
+    fn start_waiting(&mut self) {
+        if let Some((link, hello, _)) = self.waiting.take() {
+            self.begin(link, hello);
+        }
+    }
+
+    fn refuse_waiting(&mut self) {
+        let over = |waiting: &mut (Link, Hello, Instant)| {
+            waiting.2.elapsed() > limits::SUPERSEDING_WAIT_MAX
+        };
+        if let Some((link, ..)) = self.waiting.take_if(over) {
+            busy(&link);
+        }
+    }
+
+    fn stop(&mut self) {
+        for session in self.sessions.values() {
+            let _it_has_just_ended = session.cancel.send(());
+        }
+    }
+}
+
+fn come_back(control: Option<Control>, link: &Link, rejoin: &Rejoin) {
+    let adopted = control.ok_or(NotAdopted).and_then(|it| it.adopt(link.clone(), rejoin));
+    if let Err(error) = adopted {
+        refuse(link, &error.to_string(), None);
+    }
+}
+
+fn busy(link: &Link) {
+    let hint = "start a target of its own for each guest, or wait";
+    refuse(link, "the target is taking in another guest", Some(hint));
+}
+
+fn refuse(link: &Link, text: &str, hint: Option<&str>) {
+    let abort =
+        Abort { reason: AbortReason::Refused, text: text.into(), hint: hint.map(str::to_owned) };
+    // Whoever it was may be gone again.
+    let _nothing_to_do_about_it = link.send(&Message::Abort(abort)).map(|()| link.finish());
+}
