@@ -8,7 +8,7 @@
 //!   WRITE scratch, READ it back
 //! ```
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -49,7 +49,7 @@ pub(crate) fn dial(
     let deadline = Instant::now() + plan.connect_wait;
     let id = CmId::new()?;
     id.set_ack_timeout(limits::ACK_TIMEOUT_EXPONENT);
-    resolve(&id, plan, deadline, stop)?;
+    resolve(&id, plan.from, plan.addr, deadline, stop)?;
     let context = Devices::open()?.context(id.verbs())?;
     let domain = memory.domain(&context)?;
     let mut qp = QueuePair::new(id, &domain, plan.depth, lane.lane.0.into())?;
@@ -77,14 +77,21 @@ pub(crate) fn dial(
     Ok(Dialled { line, registered, device: context.limits().name.clone() })
 }
 
-fn resolve(id: &CmId, plan: &ConnectPlan, deadline: Instant, stop: &Stop) -> Result<(), RdmaError> {
-    let to = plan.addr;
-    let wait_ms = plan.connect_wait.as_millis().min(i32::MAX as u128) as i32;
+/// Finds the device and the way to an address.
+pub(crate) fn resolve(
+    id: &CmId,
+    from: Option<IpAddr>,
+    to: SocketAddr,
+    deadline: Instant,
+    stop: &Stop,
+) -> Result<(), RdmaError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let wait_ms = left.as_millis().min(i32::MAX as u128) as i32;
     let no_device = |error| match error {
         RdmaError::Call { source, .. } => RdmaError::NoDevice { to, source },
         other => other,
     };
-    id.resolve_address(plan.from, to, wait_ms).map_err(no_device)?;
+    id.resolve_address(from, to, wait_ms).map_err(no_device)?;
     let event = wait_event(&id, deadline, stop, || id.event())?;
     match event.kind {
         CmEventKind::AddressResolved if !id.verbs().is_null() => {}
@@ -103,7 +110,7 @@ fn resolve(id: &CmId, plan: &ConnectPlan, deadline: Instant, stop: &Stop) -> Res
 }
 
 /// iWARP's connection is one of TCP, and some of its failures come at once.
-fn refused_at_once(error: RdmaError) -> RdmaError {
+pub(crate) fn refused_at_once(error: RdmaError) -> RdmaError {
     match &error {
         RdmaError::Call { source, .. } => match source.raw_os_error() {
             Some(errno @ libc::ECONNREFUSED) => RdmaError::Rejected { status: -errno },
@@ -258,7 +265,7 @@ impl ListeningId {
 }
 
 /// Waits for the next event of an identifier.
-fn wait_event(
+pub(crate) fn wait_event(
     fd: &impl AsFd,
     deadline: Instant,
     stop: &Stop,
@@ -284,14 +291,14 @@ fn wait_event(
     }
 }
 
-fn terms(device: &DeviceLimits) -> ConnectionTerms {
+pub(crate) fn terms(device: &DeviceLimits) -> ConnectionTerms {
     ConnectionTerms {
         reads_answered: device.reads_answered_max.min(limits::READS_MAX),
         reads_started: device.reads_started_max.min(limits::READS_MAX),
     }
 }
 
-fn unexpected(event: &CmEvent) -> RdmaError {
+pub(crate) fn unexpected(event: &CmEvent) -> RdmaError {
     match event.kind {
         CmEventKind::Unreachable | CmEventKind::ConnectError => {
             RdmaError::Unreachable { status: event.status }

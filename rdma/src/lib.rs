@@ -21,6 +21,8 @@ pub mod probe;
 mod sysfs;
 
 #[cfg(feature = "rdma")]
+pub mod bare;
+#[cfg(feature = "rdma")]
 mod cm_sys;
 #[cfg(feature = "rdma")]
 mod connection;

@@ -123,7 +123,7 @@ fn at(slot: usize) -> u64 {
     (slot * MESSAGE_BYTES) as u64
 }
 
-fn no_memory(error: BackingError) -> RdmaError {
+pub(crate) fn no_memory(error: BackingError) -> RdmaError {
     match error {
         BackingError::Host { call, source } => RdmaError::Call { call, source },
         _ => RdmaError::OutsideMemory(RegionError::OutOfRange {

@@ -71,10 +71,28 @@ pub(crate) enum Completion {
 
 #[derive(Debug)]
 struct InFlight {
-    /// The number of its last request, which is signalled.
+    /// The number of its last request, which is signalled unless a later entry's is.
     last: u64,
     requests: u32,
-    _regions: Vec<Arc<MemoryRegion>>,
+    regions: Held,
+}
+
+/// What an entry keeps registered. Most use one region, and a list of one would be an allocation
+/// for each post.
+#[derive(Debug, Default)]
+struct Held {
+    first: Option<Arc<MemoryRegion>>,
+    more: Vec<Arc<MemoryRegion>>,
+}
+
+impl Held {
+    fn hold(&mut self, region: &Arc<MemoryRegion>) {
+        match &self.first {
+            None => self.first = Some(Arc::clone(region)),
+            Some(first) if Arc::ptr_eq(self.more.last().unwrap_or(first), region) => {}
+            Some(_) => self.more.push(Arc::clone(region)),
+        }
+    }
 }
 
 /// A reliable connection's end.
@@ -89,6 +107,8 @@ pub(crate) struct QueuePair {
     in_flight: VecDeque<InFlight>,
     /// Completed by a poll that had found a failure behind it.
     failure: Option<RdmaError>,
+    /// Where completions are taken to; clearing it for each look would cost more than the look.
+    polled: Box<[ibv_wc; POLL_BATCH]>,
     /// Work requests of one post, kept for their allocation.
     requests: Vec<ibv_send_wr>,
     ranges: Vec<ibv_sge>,
@@ -143,6 +163,8 @@ impl QueuePair {
             next: 0,
             in_flight: VecDeque::new(),
             failure: None,
+            // SAFETY: plain numbers and a union of numbers, for which zero bytes are valid.
+            polled: unsafe { Box::new(std::mem::zeroed()) },
             requests: Vec::new(),
             ranges: Vec::new(),
             _receives_into: None,
@@ -166,18 +188,29 @@ impl QueuePair {
     /// # Panics
     /// Without any WRITE, with more than [fit](Self::free), or with one outside its region.
     pub(crate) fn post_writes(&mut self, writes: &[Write]) -> Result<u64, RdmaError> {
-        let mut regions: Vec<Arc<MemoryRegion>> = Vec::new();
+        self.post_chain(writes, true)
+    }
+
+    /// The same, with a completion of its own or with the next entry's that has one.
+    pub(crate) fn post_chain(
+        &mut self,
+        writes: &[Write],
+        signalled: bool,
+    ) -> Result<u64, RdmaError> {
+        let mut regions = Held::default();
         self.requests.clear();
         self.ranges.clear();
         for write in writes {
             let range = range_of(&write.from, write.offset, write.len);
             self.ranges.push(range);
-            self.requests.push(request(ibv_wr_opcode::IBV_WR_RDMA_WRITE, write.to));
-            if !regions.last().is_some_and(|last| Arc::ptr_eq(last, &write.from)) {
-                regions.push(Arc::clone(&write.from));
+            let mut request = request(ibv_wr_opcode::IBV_WR_RDMA_WRITE, write.to);
+            if write.len <= self.inline_bytes {
+                request.send_flags |= ibv_send_flags::IBV_SEND_INLINE.0;
             }
+            self.requests.push(request);
+            regions.hold(&write.from);
         }
-        self.post(regions)
+        self.post(regions, signalled)
     }
 
     /// Posts a READ of the peer's memory.
@@ -199,11 +232,13 @@ impl QueuePair {
         self.ranges.clear();
         self.ranges.push(range_of(part.region, part.offset, part.len));
         self.requests.push(request);
-        self.post(vec![Arc::clone(part.region)])
+        let mut regions = Held::default();
+        regions.hold(part.region);
+        self.post(regions, true)
     }
 
     /// Posts what stands in `requests` and `ranges`, one range each.
-    fn post(&mut self, regions: Vec<Arc<MemoryRegion>>) -> Result<u64, RdmaError> {
+    fn post(&mut self, regions: Held, signalled: bool) -> Result<u64, RdmaError> {
         let count = self.requests.len();
         assert!(count > 0 && count <= self.free() as usize, "a send queue is never overrun");
         for index in 0..count {
@@ -217,11 +252,13 @@ impl QueuePair {
             request.num_sge = 1;
             request.next = next;
         }
-        self.requests[count - 1].send_flags |= ibv_send_flags::IBV_SEND_SIGNALED.0;
+        if signalled {
+            self.requests[count - 1].send_flags |= ibv_send_flags::IBV_SEND_SIGNALED.0;
+        }
         let last = self.next + count as u64 - 1;
         // Before it is posted: a chain that is refused half-way stays here until the queue pair is
         // destroyed.
-        self.in_flight.push_back(InFlight { last, requests: count as u32, _regions: regions });
+        self.in_flight.push_back(InFlight { last, requests: count as u32, regions });
         self.posted += count as u32;
         self.next += count as u64;
         let mut refused = ptr::null_mut();
@@ -265,14 +302,12 @@ impl QueuePair {
     /// Adds what has completed to `done`, without waiting. After a failure the queue pair can only
     /// be dropped; what had completed before it is told first.
     pub(crate) fn poll(&mut self, done: &mut Vec<Completion>) -> Result<(), RdmaError> {
-        if let Some(failure) = self.failure.take() {
-            return Err(failure);
+        if self.failure.is_some() {
+            return self.failure.take().map_or(Ok(()), Err);
         }
-        // SAFETY: plain numbers and a union of numbers, for which zero bytes are valid.
-        let mut entries: [ibv_wc; POLL_BATCH] = unsafe { std::mem::zeroed() };
-        let count = self.cq.poll(&mut entries)?;
-        for entry in &entries[..count] {
-            if let Err(error) = self.completed(entry, done) {
+        let count = self.cq.poll(&mut self.polled[..])?;
+        for index in 0..count {
+            if let Err(error) = self.completed(index, done) {
                 if done.is_empty() {
                     return Err(error);
                 }
@@ -283,24 +318,25 @@ impl QueuePair {
         Ok(())
     }
 
-    fn completed(&mut self, entry: &ibv_wc, done: &mut Vec<Completion>) -> Result<(), RdmaError> {
-        let is_receive = entry.wr_id & RECEIVE != 0;
+    fn completed(&mut self, index: usize, done: &mut Vec<Completion>) -> Result<(), RdmaError> {
+        let entry = &self.polled[index];
+        let (id, bytes) = (entry.wr_id, entry.byte_len as usize);
+        let is_receive = id & RECEIVE != 0;
         if entry.status != 0 {
             let operation = if is_receive { Operation::Receive } else { Operation::Request };
             let status = Status::from_number(entry.status);
             return Err(RdmaError::Completion { operation, status, vendor: entry.vendor_err });
         }
         if is_receive {
-            let slot = (entry.wr_id & !RECEIVE) as usize;
-            done.push(Completion::Received { slot, bytes: entry.byte_len as usize });
+            done.push(Completion::Received { slot: (id & !RECEIVE) as usize, bytes });
             return Ok(());
         }
         while let Some(first) = self.in_flight.front()
-            && first.last <= entry.wr_id
+            && first.last <= id
         {
             self.posted -= first.requests;
             done.push(Completion::Done { entry: first.last });
-            self.in_flight.pop_front();
+            drop(self.in_flight.pop_front().map(|entry| entry.regions));
         }
         Ok(())
     }
