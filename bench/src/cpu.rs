@@ -4,8 +4,10 @@
 //! process's own threads by `getrusage`, and the whole machine by `/proc/stat`: what the network
 //! does on nobody's account (ksoftirqd) shows in the last one only.
 
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
+use nix::unistd::Pid;
 
 use crate::error::BenchError;
 
@@ -45,6 +47,24 @@ pub(crate) fn machine_busy_s() -> Result<f64, BenchError> {
         .collect();
     let busy = [0, 1, 2, 5, 6].iter().filter_map(|&field| numbers.get(field)).sum::<f64>();
     Ok(busy / 100.0)
+}
+
+/// Keeps the calling thread, and what it starts, on one core.
+pub(crate) fn pin_to(core: usize) -> Result<(), BenchError> {
+    let mut set = CpuSet::new();
+    set.set(core)
+        .and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
+        .map_err(BenchError::call("sched_setaffinity"))
+}
+
+/// Where two ends that poll run: neither takes turns with the other. The first and the last core of
+/// those that may be used; nothing where there is only one.
+pub(crate) fn two_cores() -> Option<(usize, usize)> {
+    let cores = pageferry_ctl::host::cpus_allowed();
+    match cores.len() {
+        0 | 1 => None,
+        count => Some((cores[0], cores[count - 1])),
+    }
 }
 
 /// Processes that want a processor, averaged over a minute: who else is on this machine.

@@ -21,12 +21,18 @@ pub(crate) enum BenchError {
     /// The plain-socket ceiling.
     #[error("the plain-socket ceiling")]
     Ceiling(#[from] CeilingError),
-    /// The memory that the ceiling moves.
-    #[error("memory for the ceiling")]
+    /// The memory that is moved.
+    #[error("memory to move")]
     Backing(#[from] BackingError),
-    /// The memory that the ceiling moves.
-    #[error("memory for the ceiling")]
+    /// The memory that is moved.
+    #[error("memory to move")]
     Region(#[from] RegionError),
+    /// RDMA.
+    #[error("RDMA")]
+    Rdma(#[from] pageferry_rdma::error::RdmaError),
+    /// A lane.
+    #[error("a lane")]
+    Lane(#[from] pageferry_datapath::lane::LaneError),
     /// A file or socket.
     #[error("can't {action} {what}")]
     Io {
@@ -104,6 +110,14 @@ pub(crate) enum BenchError {
         /// Why not.
         what: &'static str,
     },
+    /// A comparison that shows a step back.
+    #[error("{count} readings are worse by more than {allowed_percent} %")]
+    Worse {
+        /// How many.
+        count: u32,
+        /// What is allowed.
+        allowed_percent: f64,
+    },
     /// The report could not be written.
     #[error("can't write {}", path.display())]
     Report {
@@ -131,6 +145,7 @@ impl BenchError {
         match self {
             Self::Lab(error) => error.hint().map(Into::into),
             Self::Qmp(error) => error.hint().map(Into::into),
+            Self::Rdma(error) => error.hint(),
             _ => None,
         }
     }

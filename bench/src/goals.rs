@@ -1,13 +1,13 @@
 //! What is to be reached, what was, and the ratios in between.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::contender::{Contender, Metric, Record};
 use crate::rig::Mover;
 use crate::table::{Table, cell};
 
 /// A ratio of two medians; with a bound where one was set.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Ratio {
     /// Of what to what.
     pub(crate) what: String,
@@ -15,12 +15,15 @@ pub(crate) struct Ratio {
     pub(crate) against: String,
     /// The ratio; null if one of the two has no run.
     pub(crate) ratio: Option<f64>,
+    /// Where it lies with 95 % confidence, by the spread of the runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) interval: Option<(f64, f64)>,
     /// The bound.
     pub(crate) goal: Option<Goal>,
 }
 
 /// A bound on a ratio.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Goal {
     /// No less.
@@ -39,7 +42,7 @@ impl Ratio {
         goal: Option<Goal>,
     ) -> Self {
         let ratio = ours.zip(theirs).map(|(ours, theirs)| ours / theirs);
-        Self { what: what.into(), against: against.into(), ratio, goal }
+        Self { what: what.into(), against: against.into(), ratio, interval: None, goal }
     }
 
     /// Whether the bound is kept; `None` without a bound or without a ratio.
@@ -53,7 +56,7 @@ impl Ratio {
 
 /// For people.
 pub(crate) fn text(ratios: &[Ratio]) -> String {
-    let mut table = Table::new(&["ratio", "ours/theirs", "goal", "reached", "against"]);
+    let mut table = Table::new(&["ratio", "ours/theirs", "95 %", "goal", "reached", "against"]);
     for ratio in ratios {
         let goal = match ratio.goal {
             None => String::new(),
@@ -64,6 +67,7 @@ pub(crate) fn text(ratios: &[Ratio]) -> String {
         table.row(vec![
             ratio.what.clone(),
             cell(ratio.ratio, 3),
+            ratio.interval.map_or_else(String::new, |(low, high)| format!("{low:.3}-{high:.3}")),
             goal,
             reached.into(),
             ratio.against.clone(),

@@ -9,6 +9,13 @@ pub(crate) fn of(benchmark: &str) -> String {
     format!("{}\n\n{}", common.trim(), own.trim())
 }
 
+/// The method of a benchmark of distributions.
+pub(crate) fn of_distributions(benchmark: &str) -> String {
+    let common = section("### Distributions");
+    let own = section(&format!("### {benchmark}"));
+    format!("{}\n\n{}", common.trim(), own.trim())
+}
+
 /// The text under a heading until the next heading.
 fn section(heading: &str) -> &'static str {
     let Some((_, after)) = DOCUMENT.split_once(&format!("\n{heading}\n")) else { return "" };
@@ -21,6 +28,11 @@ mod tests {
     fn every_benchmark_has_a_method() {
         for benchmark in ["migrate-vs-qemu", "slowdown", "sparse"] {
             let method = super::of(benchmark);
+            let (common, own) = method.split_once("\n\n").expect("two parts");
+            assert!(common.len() > 100 && own.len() > 100, "{benchmark}: {method}");
+        }
+        for benchmark in ["latency", "rdma-vs-perftest", "rdma-vs-qemu"] {
+            let method = super::of_distributions(benchmark);
             let (common, own) = method.split_once("\n\n").expect("two parts");
             assert!(common.len() > 100 && own.len() > 100, "{benchmark}: {method}");
         }

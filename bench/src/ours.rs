@@ -16,7 +16,7 @@ use crate::args::Common;
 use crate::error::BenchError;
 use crate::moved::{CpuMeter, Moved};
 use crate::net::{End, Net};
-use crate::pause::{self, PauseWatch};
+use crate::pause::{self, Monitored, PauseWatch};
 use crate::qemu::MOVE_MAX;
 
 /// An agent that has nothing more to do ends within this.
@@ -43,13 +43,23 @@ pub(crate) fn migrate(
     migrate.args(["migrate", "--json", "--insecure", "--to", &address, "--qmp"]);
     migrate.arg(source.qmp()).arg("--state-dir").arg(state("source"));
     migrate.args(common.migrate_args.split_ascii_whitespace());
+    run_agents(source, target, &mut receive, &mut migrate, folder)
+}
 
+/// The same with both agents' commands whole.
+pub(crate) fn run_agents(
+    source: &dyn Monitored,
+    target: &dyn Monitored,
+    receive: &mut Command,
+    migrate: &mut Command,
+    folder: &Path,
+) -> Result<Moved, BenchError> {
     let watch = PauseWatch::begin(source, target)?;
     let meter = CpuMeter::begin((source.pid(), target.pid()))?;
-    let mut receiver = Agent::start("pageferry target", &mut receive, folder)?;
+    let mut receiver = Agent::start("pageferry target", receive, folder)?;
     receiver.wait_line("\"listening\"")?;
     let started = pause::now();
-    let mut sender = Agent::start("pageferry migrate", &mut migrate, folder)?;
+    let mut sender = Agent::start("pageferry migrate", migrate, folder)?;
     let sent = sender.finish(MOVE_MAX)?;
     let summary = summary_of(&sent)?;
     if summary.outcome != MigrationOutcome::Migrated {

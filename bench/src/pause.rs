@@ -2,6 +2,7 @@
 //! source to QEMU's `RESUME` event at the target, by the one clock of this machine, through
 //! monitors that nobody else uses; and the longest silence of the guest's own ticks around it.
 
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pageferry_ctl::lab::console::ticks_across;
@@ -9,6 +10,30 @@ use pageferry_ctl::lab::{Console, Qemu};
 use pageferry_ctl::qmp::Qmp;
 
 use crate::error::BenchError;
+
+/// A QEMU as those see it who move its guest.
+pub(crate) trait Monitored {
+    /// The monitor to move it by.
+    fn qmp(&self) -> &Path;
+    /// A monitor that nobody else uses.
+    fn spare_qmp(&self) -> &Path;
+    /// Its process.
+    fn pid(&self) -> u32;
+}
+
+impl Monitored for Qemu {
+    fn qmp(&self) -> &Path {
+        self.qmp()
+    }
+
+    fn spare_qmp(&self) -> &Path {
+        self.spare_qmp()
+    }
+
+    fn pid(&self) -> u32 {
+        self.pid()
+    }
+}
 
 /// Watches both ends of one migration.
 pub(crate) struct PauseWatch {
@@ -34,7 +59,10 @@ impl Pause {
 
 impl PauseWatch {
     /// Begins to watch; before the migration is started.
-    pub(crate) fn begin(source: &Qemu, target: &Qemu) -> Result<Self, BenchError> {
+    pub(crate) fn begin(
+        source: &dyn Monitored,
+        target: &dyn Monitored,
+    ) -> Result<Self, BenchError> {
         Ok(Self {
             source: Qmp::connect(source.spare_qmp())?,
             target: Qmp::connect(target.spare_qmp())?,

@@ -1,4 +1,4 @@
-//! QEMU's own TCP migration, at its best: both sides configured alike before the clock starts, no
+//! QEMU's own migration, at its best: both sides configured alike before the clock starts, no
 //! limit on bandwidth, memory of the same kind as everyone's.
 
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::error::BenchError;
 use crate::moved::{CpuMeter, Moved};
 use crate::net::Net;
-use crate::pause::{self, PauseWatch};
+use crate::pause::{self, Monitored, PauseWatch};
 
 /// A migration that takes longer has failed.
 pub(crate) const MOVE_MAX: Duration = Duration::from_secs(180);
@@ -24,14 +24,27 @@ pub(crate) struct QemuWay {
     pub(crate) channels: Option<u8>,
     /// `downtime-limit`; `None` is QEMU's default.
     pub(crate) downtime_ms: Option<u64>,
+    /// Over RDMA; with all memory pinned before, or not.
+    pub(crate) rdma: Option<Pinned>,
+}
+
+/// `rdma-pin-all`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pinned {
+    /// On.
+    All,
+    /// Off, the default: a MiB at a time, when it is needed.
+    AsNeeded,
 }
 
 impl QemuWay {
     /// As tables have it.
     pub(crate) fn name(self) -> String {
-        let mut name = match self.channels {
-            None => "qemu plain".to_owned(),
-            Some(channels) => format!("qemu multifd {channels}"),
+        let mut name = match (self.rdma, self.channels) {
+            (Some(Pinned::AsNeeded), _) => "qemu rdma".to_owned(),
+            (Some(Pinned::All), _) => "qemu rdma-pin-all".to_owned(),
+            (None, None) => "qemu plain".to_owned(),
+            (None, Some(channels)) => format!("qemu multifd {channels}"),
         };
         if let Some(ms) = self.downtime_ms {
             name.push_str(&format!(", limit {ms} ms"));
@@ -47,8 +60,17 @@ pub(crate) fn migrate(
     target: &Qemu,
     net: &Net,
 ) -> Result<Moved, BenchError> {
+    move_by(way, &format!("tcp:{}", net.target_address()), source, target)
+}
+
+/// The same to an address in QEMU's words.
+pub(crate) fn move_by(
+    way: QemuWay,
+    uri: &str,
+    source: &dyn Monitored,
+    target: &dyn Monitored,
+) -> Result<Moved, BenchError> {
     let (from, to) = (Qmp::connect(source.qmp())?, Qmp::connect(target.qmp())?);
-    let uri = format!("tcp:{}", net.target_address());
     for monitor in [&from, &to] {
         prepare(monitor, way)?;
     }
@@ -89,6 +111,10 @@ fn prepare(monitor: &Qmp, way: QemuWay) -> Result<(), BenchError> {
         capability("return-path", false),
     ]);
     monitor.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+    if let Some(pinned) = way.rdma {
+        let capabilities = [capability("rdma-pin-all", pinned == Pinned::All)];
+        monitor.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+    }
     let mut parameters = json!({
         // 0 is no limit at all: no accounting against one either.
         "max-bandwidth": 0,

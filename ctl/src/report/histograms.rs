@@ -126,7 +126,7 @@ fn line(name: &str, histogram: &Histogram<u64>) -> Latency {
 
 /// The text that `outputPercentileDistribution` of HdrHistogram's Java original prints, with
 /// nanoseconds scaled to microseconds: value, percentile, count up to it, 1/(1-percentile).
-fn percentile_distribution(histogram: &Histogram<u64>, out: &mut dyn Write) -> io::Result<()> {
+pub fn percentile_distribution(histogram: &Histogram<u64>, out: &mut dyn Write) -> io::Result<()> {
     let (value, percentile, count) = ("Value", "Percentile", "TotalCount");
     writeln!(out, "{value:>12} {percentile:>14} {count:>10} {:>14}\n", "1/(1-Percentile)")?;
     let mut total = 0;

@@ -1,0 +1,243 @@
+//! RDMA itself, without lanes: request and response, and streams of WRITEs, as perftest does them.
+//!
+//! Everything polls: the completion queue at the end that posts, and memory at the end that is
+//! written to. One thread at each end, whatever the number of queue pairs.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use pageferry_rdma::bare::{Bare, BareListener, BareTerms};
+use pageferry_rdma::error::RdmaError;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::BenchError;
+use crate::recorder::{Pace, Recorded, run};
+use crate::serve::{Peer, Request};
+
+/// Connecting, beside a busy peer under emulation.
+const CONNECT_MAX: Duration = Duration::from_secs(30);
+/// Looks between two questions whether the peer is still there: a system call each.
+const LOOKS: u32 = 1 << 16;
+
+/// What is posted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verb {
+    /// A WRITE each way; both ends poll memory.
+    Write,
+    /// A READ: the other end's processor takes no part.
+    Read,
+    /// A SEND each way, into a receive.
+    Send,
+}
+
+/// One way to use it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Way {
+    pub(crate) verb: Verb,
+    /// Of one message.
+    pub(crate) bytes: u32,
+    /// Requests that may be posted at a time on one queue pair.
+    pub(crate) depth: u32,
+    /// Every which request is signalled.
+    pub(crate) signal_every: u32,
+    /// Requests of one post.
+    pub(crate) chain: u32,
+    pub(crate) queue_pairs: u32,
+    /// Buffers of 2 MiB pages.
+    pub(crate) huge: bool,
+}
+
+impl Way {
+    fn terms(&self) -> BareTerms {
+        let bytes = u64::from(self.bytes).next_multiple_of(4096);
+        BareTerms { bytes, depth: self.depth, huge: self.huge, wait: CONNECT_MAX }
+    }
+}
+
+/// Round trips one after the other; of WRITE and SEND half of each, as perftest has it.
+pub(crate) fn ping_pong(
+    peer: &mut Peer,
+    from: IpAddr,
+    way: &Way,
+    pace: Pace,
+) -> Result<Recorded, BenchError> {
+    let to = peer.ask(&Request::RdmaPong(*way))?;
+    let mut end = Bare::connect(Some(from), to, way.terms())?;
+    let mut seq = 0u8;
+    if way.verb == Verb::Send {
+        end.receive(way.bytes)?;
+    }
+    let recorded = run(pace, u64::from(way.bytes), || match way.verb {
+        Verb::Write => {
+            seq = seq.wrapping_add(1);
+            write_one(&mut end, way.bytes, seq)?;
+            await_byte(&end, way.bytes, seq)
+        }
+        Verb::Read => {
+            end.read(way.bytes)?;
+            await_done(&mut end, 1, 0)
+        }
+        Verb::Send => {
+            end.send(way.bytes)?;
+            await_done(&mut end, 1, 1)?;
+            end.receive(way.bytes)
+        }
+    })?;
+    drop(end);
+    peer.done()?;
+    Ok(recorded)
+}
+
+/// The other end of [`ping_pong`].
+pub(crate) fn serve_pong(
+    at: IpAddr,
+    way: &Way,
+    ready: &mut dyn FnMut(u16) -> Result<(), BenchError>,
+) -> Result<Value, BenchError> {
+    let listener = BareListener::at(SocketAddr::new(at, 0))?;
+    ready(listener.port())?;
+    let mut end = listener.accept(way.terms())?;
+    let mut seq = 0u8;
+    // The first receive may come after the first message: the sender's device tries again.
+    if way.verb == Verb::Send {
+        end.receive(way.bytes)?;
+    }
+    let mut answer = || match way.verb {
+        Verb::Write => {
+            seq = seq.wrapping_add(1);
+            await_byte(&end, way.bytes, seq)?;
+            write_one(&mut end, way.bytes, seq)
+        }
+        Verb::Read => {
+            std::thread::sleep(Duration::from_millis(20));
+            end.check()
+        }
+        Verb::Send => {
+            await_done(&mut end, 0, 1)?;
+            end.receive(way.bytes)?;
+            end.send(way.bytes)?;
+            await_done(&mut end, 1, 0)
+        }
+    };
+    loop {
+        match answer() {
+            Ok(()) => {}
+            Err(error) if is_over(&error) => return Ok(Value::Null),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Streams `operations` WRITEs of each queue pair, dealt to them in turns.
+pub(crate) fn stream(
+    peer: &mut Peer,
+    from: IpAddr,
+    way: &Way,
+    warm_up: u64,
+    operations: u64,
+) -> Result<Recorded, BenchError> {
+    let to = peer.ask(&Request::RdmaSink(*way))?;
+    let connect = |_| Bare::connect(Some(from), to, way.terms());
+    let mut ends = (0..way.queue_pairs).map(connect).collect::<Result<Vec<_>, _>>()?;
+    write_all(&mut ends, way, warm_up)?;
+    let began = Instant::now();
+    write_all(&mut ends, way, operations)?;
+    let seconds = began.elapsed().as_secs_f64();
+    let bytes = operations * u64::from(way.queue_pairs) * u64::from(way.bytes);
+    drop(ends);
+    peer.done()?;
+    Ok(Recorded { bytes, seconds, ..Recorded::default() })
+}
+
+fn write_all(ends: &mut [Bare], way: &Way, operations: u64) -> Result<(), RdmaError> {
+    let chain = u64::from(way.chain.max(1));
+    let mut posted = vec![0u64; ends.len()];
+    let mut left = ends.len() as u64 * operations;
+    while left > 0 {
+        for (end, posted) in ends.iter_mut().zip(&mut posted) {
+            while *posted < operations {
+                let count = chain.min(operations - *posted);
+                if u64::from(end.free()) < count {
+                    break;
+                }
+                *posted += count;
+                let every = u64::from(way.signal_every.max(1));
+                let due = *posted / every != (*posted - count) / every;
+                // One that fills the queue is signalled too, or it would stay full.
+                let is_last = *posted == operations || u64::from(end.free()) < 2 * count;
+                end.write(way.bytes, count as u32, due || is_last)?;
+            }
+            let before = end.free();
+            end.poll()?;
+            left -= u64::from(end.free() - before);
+        }
+    }
+    Ok(())
+}
+
+/// The other end of [`stream`]: it only holds the memory.
+pub(crate) fn serve_sink(
+    at: IpAddr,
+    way: &Way,
+    ready: &mut dyn FnMut(u16) -> Result<(), BenchError>,
+) -> Result<Value, BenchError> {
+    let listener = BareListener::at(SocketAddr::new(at, 0))?;
+    ready(listener.port())?;
+    let accept = |_| listener.accept(way.terms());
+    let ends = (0..way.queue_pairs).map(accept).collect::<Result<Vec<_>, _>>()?;
+    loop {
+        for end in &ends {
+            match end.check() {
+                Ok(()) => {}
+                Err(error) if is_over(&error) => return Ok(Value::Null),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Posts a WRITE that ends in this byte and waits for its completion.
+fn write_one(end: &mut Bare, bytes: u32, seq: u8) -> Result<(), RdmaError> {
+    end.stamp(bytes, seq)?;
+    end.write(bytes, 1, true)?;
+    await_done(end, 1, 0)
+}
+
+fn await_byte(end: &Bare, bytes: u32, seq: u8) -> Result<(), RdmaError> {
+    loop {
+        for _ in 0..LOOKS {
+            if end.arrived(bytes)? == seq {
+                return Ok(());
+            }
+        }
+        end.check()?;
+    }
+}
+
+fn await_done(end: &mut Bare, mut done: u32, mut received: u32) -> Result<(), RdmaError> {
+    loop {
+        for _ in 0..LOOKS {
+            let progress = end.poll()?;
+            done = done.saturating_sub(progress.done);
+            received = received.saturating_sub(progress.received);
+            if done == 0 && received == 0 {
+                return Ok(());
+            }
+        }
+        end.check()?;
+    }
+}
+
+/// The client has what it wanted and hung up.
+fn is_over(error: &RdmaError) -> bool {
+    use pageferry_rdma::error::{CmEventKind, Status};
+    matches!(
+        error,
+        RdmaError::PeerClosed
+            | RdmaError::Event { event: CmEventKind::TimeWaitExit, .. }
+            | RdmaError::Completion { status: Status::Flushed | Status::RetryExceeded, .. }
+    )
+}
