@@ -262,7 +262,11 @@ impl Control {
 
     /// What the session's lane tickets are drawn from.
     pub fn lane_secret(&self) -> std::io::Result<[u8; 32]> {
-        let (link, session) = (self.state().link.clone(), self.state().session);
+        // One guard for both: two in one statement would wait for each other for ever.
+        let (link, session) = {
+            let state = self.state();
+            (state.link.clone(), state.session)
+        };
         link.lane_secret(session)
     }
 
