@@ -17,7 +17,7 @@ pub const PORT: u16 = 4777;
 /// Sources that are killed are not waited for any longer than this.
 const RECONNECT_TIMEOUT_S: &str = "3";
 /// A whole migration of a small guest on a busy machine.
-pub const MIGRATION_MAX: Duration = Duration::from_secs(120);
+pub const MIGRATION_MAX: Duration = Duration::from_secs(240);
 
 /// One agent's process. Killed when dropped.
 #[derive(Debug)]

@@ -12,10 +12,10 @@ use pageferry_ctl::lab::{
 
 use crate::agents::{Agent, Ended, MIGRATION_MAX};
 
-/// A guest boots in seconds here; other work may share the machine.
-pub const BOOT_MAX: Duration = Duration::from_secs(120);
+/// A guest boots in seconds here; but not where the machine is emulated, or does other work.
+pub const BOOT_MAX: Duration = Duration::from_secs(300);
 /// A busy guest's next tick.
-pub const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_secs(120);
 
 /// QEMUs go before the hosts they run in: fields are dropped in this order.
 pub struct Scene {

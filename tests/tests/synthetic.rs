@@ -352,7 +352,26 @@ fn rdma_a_black_hole_in_the_middle_of_a_round_loses_nothing() {
     );
 }
 
-/// To be run after all others: soft-RoCE makes no connections any more after this.
+/// To be run last, as the next one: neither leaves a device that works. (`lanes-in-guest` knows them
+/// by their names.)
+#[test]
+fn rdma_a_link_that_loses_its_device_in_the_middle_of_a_round_loses_nothing() {
+    let Ok(device) = std::env::var("PF_RDMA_DEV") else {
+        skip("rdma_a_link_that_loses_its_device", "needs an RDMA device (make test-rdma)");
+        return;
+    };
+    cut(
+        "rdma_a_link_that_loses_its_device_in_the_middle_of_a_round_loses_nothing",
+        4807,
+        move |_| {
+            let status = Command::new("rdma").args(["link", "delete", &device]).status();
+            assert!(status.is_ok_and(|status| status.success()), "rdma link delete {device}");
+        },
+        |netdev| Wire::spoil(netdev, "rate 400mbit"),
+    );
+}
+
+/// To be run last: soft-RoCE makes no connections any more after this.
 #[test]
 fn rdma_a_link_that_is_down_for_a_while_in_the_middle_of_a_round_loses_nothing() {
     let link = |how: &'static str| {
