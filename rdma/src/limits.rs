@@ -75,9 +75,12 @@ pub(crate) const EXPLAIN_WAIT: Duration = Duration::from_millis(50);
 /// A lane without progress for this long has failed.
 pub const PROGRESS_WAIT_MAX: Duration = Duration::from_secs(10);
 
-/// How long the target's registration of one slice may take: a source that waits for its key sees
-/// no other progress meanwhile.
+/// How long a slice may not be registered yet, by either side: a target first clears what its memory
+/// held where the guest has holes, which takes a second for 10 GiB.
 pub const REGISTER_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// How often a target that has no key yet says so: the source takes silence for a dead link.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Zero pages named in one message: clearing them at the target shows no other sign of life, and
 /// memory touched for the first time takes up to 2.5 s a GiB.

@@ -5,7 +5,7 @@
 //!             target: LaneAccept (slices, scratch page), or a refusal          in that of the answer
 //! then        source: WRITE and READ of the scratch page: does it work at all?
 //!             source: Want slice ----------->  target: Keys of it and of others that are ready,
-//!                                              or NoKey and why
+//!                                              or NoKey and why, after any number of Patience
 //!             source: Zeros (runs) --------->  target: Zeroed, once they read as zeros
 //!             source: WRITE ... WRITE, Barrier ->  target: Placed
 //!             source: Close
@@ -149,6 +149,8 @@ pub(crate) enum Message {
     Zeroed,
     /// Target: that slice can't be registered; the errno tells why.
     NoKey { slice: u32, errno: i32 },
+    /// Target: the key that was asked for is still to come.
+    Patience,
 }
 
 impl Message {
@@ -162,6 +164,7 @@ impl Message {
             Self::Zeros(_) => 6,
             Self::Zeroed => 7,
             Self::NoKey { .. } => 8,
+            Self::Patience => 9,
         }
     }
 
@@ -176,7 +179,7 @@ impl Message {
             Self::Want { slice } => (*slice, 0),
             Self::Barrier { round, seq } | Self::Placed { round, seq } => (round.0, *seq),
             Self::NoKey { slice, errno } => (*slice, errno.cast_unsigned()),
-            Self::Close | Self::Keys(_) | Self::Zeros(_) | Self::Zeroed => (0, 0),
+            Self::Close | Self::Keys(_) | Self::Zeros(_) | Self::Zeroed | Self::Patience => (0, 0),
         };
         let count = match self {
             Self::Keys(keys) => keys.len(),
@@ -221,7 +224,7 @@ impl Message {
         let (round, seq) = (RoundIndex(first), second);
         let unused_is_zero = match kind {
             1 => second == 0,
-            3 | 4 | 6 | 7 => first == 0 && second == 0,
+            3 | 4 | 6 | 7 | 9 => first == 0 && second == 0,
             _ => true,
         };
         if !unused_is_zero {
@@ -236,6 +239,7 @@ impl Message {
             6 => Self::Zeros(items.chunks_exact(RUN_BYTES).map(run).collect::<Result<_, _>>()?),
             7 => Self::Zeroed,
             8 => Self::NoKey { slice: first, errno: second.cast_signed() },
+            9 => Self::Patience,
             other => return Err(FramingError::Kind { kind: other.into() }),
         })
     }
@@ -317,6 +321,7 @@ mod tests {
             any::<(u32, u32)>().prop_map(|(r, seq)| Message::Placed { round: RoundIndex(r), seq }),
             prop::collection::vec(run, 1..=RUNS_MAX).prop_map(Message::Zeros),
             Just(Message::Zeroed),
+            Just(Message::Patience),
             any::<(u32, i32)>().prop_map(|(slice, errno)| Message::NoKey { slice, errno }),
         ]
     }

@@ -118,9 +118,21 @@ impl RegisteredMemory {
 
     /// The region of one slice; registers it if nobody has, waits if somebody is at it.
     pub(crate) fn slice(&self, slice: u32, stop: &Stop) -> Result<Arc<MemoryRegion>, RdmaError> {
+        let region = self.slice_within(slice, stop, REGISTER_WAIT_MAX)?;
+        let waited_ms = REGISTER_WAIT_MAX.as_millis() as u64;
+        region.ok_or(RdmaError::Stalled { waited_ms })
+    }
+
+    /// The same, or `None` if it was waited for this long.
+    pub(crate) fn slice_within(
+        &self,
+        slice: u32,
+        stop: &Stop,
+        wait: Duration,
+    ) -> Result<Option<Arc<MemoryRegion>>, RdmaError> {
         match self.shared.cells[slice as usize].get() {
-            Some(region) => Ok(Arc::clone(region)),
-            None => self.shared.register_or_wait(slice, stop),
+            Some(region) => Ok(Some(Arc::clone(region))),
+            None => self.shared.register_or_wait(slice, stop, wait),
         }
     }
 
@@ -194,25 +206,29 @@ impl Shared {
         self.cells[slice as usize].get().is_some() || state.busy.contains(&slice)
     }
 
-    fn register_or_wait(&self, slice: u32, stop: &Stop) -> Result<Arc<MemoryRegion>, RdmaError> {
+    fn register_or_wait(
+        &self,
+        slice: u32,
+        stop: &Stop,
+        wait: Duration,
+    ) -> Result<Option<Arc<MemoryRegion>>, RdmaError> {
         let since = Instant::now();
         {
             let mut state = self.lock();
             while !state.begun || state.busy.contains(&slice) {
                 stop.check()?;
-                let waited = since.elapsed();
-                if waited > REGISTER_WAIT_MAX {
-                    return Err(RdmaError::Stalled { waited_ms: waited.as_millis() as u64 });
+                if since.elapsed() > wait {
+                    return Ok(None);
                 }
                 let woken = self.changed.wait_timeout(state, TICK.min(Duration::from_millis(50)));
                 state = woken.unwrap_or_else(PoisonError::into_inner).0;
             }
             if let Some(region) = self.cells[slice as usize].get() {
-                return Ok(Arc::clone(region));
+                return Ok(Some(Arc::clone(region)));
             }
             state.busy.insert(slice);
         }
-        self.register(slice)
+        self.register(slice).map(Some)
     }
 
     /// Registers a slice that the caller has marked busy.

@@ -20,7 +20,7 @@ pub use crate::connection::ArrivingLane;
 use crate::connection::{Dialled, ListeningId};
 use crate::error::RdmaError;
 use crate::guest::RdmaMemory;
-use crate::limits::{CLOSE_WAIT_MAX, PROGRESS_WAIT_MAX, TICK};
+use crate::limits::{CLOSE_WAIT_MAX, PATIENCE, PROGRESS_WAIT_MAX, REGISTER_WAIT_MAX, TICK};
 use crate::line::Line;
 use crate::message::Message;
 use crate::plan::TargetLaneConfig;
@@ -198,7 +198,8 @@ impl Server<'_> {
                     Message::Keys(_)
                     | Message::Placed { .. }
                     | Message::Zeroed
-                    | Message::NoKey { .. } => {
+                    | Message::NoKey { .. }
+                    | Message::Patience => {
                         return Err(RdmaError::WrongAnswer);
                     }
                 }
@@ -212,8 +213,17 @@ impl Server<'_> {
             let count = slice.min(u16::MAX.into()) as u16;
             return Err(RdmaError::Misbehaved(FramingError::Count { count }));
         }
-        if let Err(error) = self.registered.slice(slice, self.line.stop()) {
-            return Err(self.refuse_key(slice, error));
+        let since = Instant::now();
+        loop {
+            match self.registered.slice_within(slice, self.line.stop(), PATIENCE) {
+                Ok(Some(_)) => break,
+                Ok(None) if since.elapsed() < REGISTER_WAIT_MAX => self.say(&Message::Patience)?,
+                Ok(None) => {
+                    let waited_ms = since.elapsed().as_millis() as u64;
+                    return Err(RdmaError::Stalled { waited_ms });
+                }
+                Err(error) => return Err(self.refuse_key(slice, error)),
+            }
         }
         let keys = self.registered.keys_from(slice);
         self.say(&Message::Keys(keys))

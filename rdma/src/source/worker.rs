@@ -25,7 +25,7 @@ use pageferry_datapath::zero::Sorted;
 use super::{Command, PoolCounters};
 use crate::connection::Dialled;
 use crate::error::RdmaError;
-use crate::limits::{CLOSE_WAIT_MAX, IN_FLIGHT_BYTES_MAX, REGISTER_WAIT_MAX, ZERO_BYTES_MAX};
+use crate::limits::{CLOSE_WAIT_MAX, IN_FLIGHT_BYTES_MAX, ZERO_BYTES_MAX};
 use crate::line::Line;
 use crate::message::{Message, RUNS_MAX, SliceKey};
 use crate::qp_sys::{RemoteAddr, Write};
@@ -238,7 +238,7 @@ impl Worker {
         let seq = self.barriers;
         self.barriers = seq.wrapping_add(1);
         self.ask(&Message::Barrier { round, seq })?;
-        let answer = self.answer(self.setup.progress_wait)?;
+        let answer = self.answer()?;
         if answer != (Message::Placed { round, seq }) {
             return Err(RdmaError::WrongAnswer);
         }
@@ -253,21 +253,25 @@ impl Worker {
 
     /// Sends a question, once the one before it is answered: the target has a receive for each.
     fn ask(&mut self, question: &Message) -> Result<(), RdmaError> {
-        if std::mem::take(&mut self.zeros_asked)
-            && self.answer(REGISTER_WAIT_MAX)? != Message::Zeroed
-        {
+        if std::mem::take(&mut self.zeros_asked) && self.answer()? != Message::Zeroed {
             return Err(RdmaError::WrongAnswer);
         }
         self.line.send(question, self.setup.progress_wait)
     }
 
-    fn answer(&mut self, wait: Duration) -> Result<Message, RdmaError> {
-        let mut answer = None;
-        self.line.until(wait, |line| {
-            answer = line.message();
-            answer.is_some()
-        })?;
-        Ok(answer.expect("waited for"))
+    /// The answer to the question before; a target that is at it says so from time to time.
+    fn answer(&mut self) -> Result<Message, RdmaError> {
+        loop {
+            let mut answer = None;
+            self.line.until(self.setup.progress_wait, |line| {
+                answer = line.message();
+                answer.is_some()
+            })?;
+            match answer.expect("waited for") {
+                Message::Patience => {}
+                answer => return Ok(answer),
+            }
+        }
     }
 
     /// The target's key of a slice, asked for when it is first needed.
@@ -280,8 +284,7 @@ impl Worker {
             self.post()?;
         }
         self.ask(&Message::Want { slice })?;
-        // Registering at the target shows no other sign of life.
-        let keys = match self.answer(REGISTER_WAIT_MAX)? {
+        let keys = match self.answer()? {
             Message::Keys(keys) => keys,
             Message::NoKey { slice, errno } => {
                 let source = std::io::Error::from_raw_os_error(errno);
