@@ -6,7 +6,10 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::agent::lanes::{Pin, Transport};
+use pageferry_datapath::ids::SessionId;
+
 use crate::agent::record::STATE_DIR;
+use crate::agent::recovery::WAIT_S;
 use crate::limits;
 
 /// Live-migrates the memory of a running virtual machine to another host.
@@ -45,6 +48,12 @@ pub enum Command {
     Target(TargetArgs),
     /// Move a running guest to a waiting target.
     Migrate(Box<MigrateArgs>),
+    /// Find out what became of a migration whose agent, host or network was lost, and finish it.
+    Recover(RecoverArgs),
+    /// List the migrations that this host has records of, and which of them are on their way.
+    Status(StatusArgs),
+    /// End a migration that is on its way; the guest goes on at the source.
+    Cancel(CancelArgs),
     /// Set up two hosts (network namespaces) with a guest each and move one live.
     Demo(DemoArgs),
     /// Make and look at the certificates that hosts show each other.
@@ -230,6 +239,64 @@ pub enum Scan {
     OnePhase,
     /// Report, then protect what was reported.
     TwoPhase,
+}
+
+const RECOVER_EXAMPLES: &str = "\
+Examples:
+  After `migrate` ended with exit code 4, or its host was lost: on the source, then on the target
+      pageferry recover
+  One of several, on either side:
+      pageferry recover 0123456789abcdef0123456789abcdef
+  The source's host burned down; the guest is loaded and paused at the target:
+      pageferry recover 0123456789abcdef0123456789abcdef --peer-is-dead
+
+--peer-is-dead is your word that the other side's QEMU does not run and never will. If it does, the
+guest runs twice, and both write to its disks.
+
+Exit codes: 0 every session is settled; 1 a guest is gone; 2 bad usage; 3 a record is in use or can't
+be read; 4 only the other side knows, and it does not answer; 5 a guest did not go on.";
+
+/// Arguments of `recover`.
+#[derive(Debug, Args)]
+#[command(after_help = RECOVER_EXAMPLES)]
+pub struct RecoverArgs {
+    /// Which session. Default: all that this host has records of.
+    #[arg(value_name = "SESSION")]
+    pub session: Option<SessionId>,
+    /// The other side's guest does not run and never will: your word.
+    #[arg(long, requires = "session")]
+    pub peer_is_dead: bool,
+    /// For how many seconds to wait for the other side.
+    #[arg(long, value_name = "S", default_value_t = WAIT_S)]
+    pub wait: u64,
+    /// Where decisions were written down.
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
+    /// One JSON object a line instead of text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Where decisions are written down.
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
+    /// One JSON object a line instead of text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `cancel`.
+#[derive(Debug, Args)]
+pub struct CancelArgs {
+    /// Which session: `pageferry status` lists them.
+    #[arg(value_name = "SESSION")]
+    pub session: SessionId,
+    /// Where decisions are written down.
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
 }
 
 /// Arguments of `demo`.

@@ -14,4 +14,6 @@ pub mod probe;
 pub mod qemu;
 pub mod qmp;
 pub mod receive;
+pub mod recover;
 pub mod report;
+pub mod status;

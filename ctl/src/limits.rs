@@ -96,3 +96,16 @@ pub const SUPERSEDING_LOOKS_EVERY: Duration = Duration::from_millis(500);
 /// Pause before the target is asked for lanes once more, after those it gave tickets for could not
 /// be opened.
 pub const LANES_AGAIN_PAUSE: Duration = Duration::from_millis(300);
+
+/// How long an answer to the question after a session may take: the target may have to let its guest
+/// run, or to end a session, first.
+pub const RECOVER_ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// The shortest of these waits.
+pub const RECOVER_TRY_MIN: Duration = Duration::from_secs(1);
+
+/// Pause between two questions.
+pub const RECOVER_PAUSE: Duration = Duration::from_millis(500);
+
+/// How long it is tried to tell the other side what it need not know at once.
+pub const RECOVER_TELL_MAX: Duration = Duration::from_secs(2);

@@ -8,7 +8,7 @@ use crossbeam_channel::bounded;
 use pageferry_ctl::cli::{Cli, Command};
 use pageferry_ctl::qemu::guard;
 use pageferry_ctl::report::exit::Exit;
-use pageferry_ctl::{demo, lab, migrate, pki, probe, receive, report};
+use pageferry_ctl::{demo, lab, migrate, pki, probe, receive, recover, report, status};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -36,6 +36,9 @@ fn main() -> ExitCode {
         Command::Target(args) => receive::run(&args, &cancel).into(),
         Command::Demo(args) => demo::run(&args, &cancel).into(),
         Command::Probe(args) => probe::run(&args).into(),
+        Command::Recover(args) => recover::run(&args).into(),
+        Command::Status(args) => status::run(&args).into(),
+        Command::Cancel(args) => status::cancel(&args).into(),
         Command::Pki(args) => pki::run(&args).into(),
         Command::Guard => guard::run().into(),
         Command::GuestInit => unreachable!("it never returns"),

@@ -13,6 +13,7 @@ use crate::agent::acceptor::{Acceptor, ListenError};
 use crate::agent::failure;
 use crate::agent::lanes::{self, LaneChoice};
 use crate::agent::monitor::TargetMonitor;
+use crate::agent::record::RecordedSecurity;
 use crate::agent::target::{self, OpenMonitor, TargetOptions, TargetResult};
 use crate::agent::tls::Door;
 use crate::cli::TargetArgs;
@@ -62,6 +63,12 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
         },
         qmp: args.qmp.clone(),
         state_dir: args.state_dir.clone(),
+        listen: args.listen.clone(),
+        security: RecordedSecurity {
+            tls_dir: args.tls.tls_dir.clone(),
+            hostname: None,
+            insecure: args.tls.insecure,
+        },
         reconnect: Duration::from_secs(args.reconnect_timeout),
         // A QEMU takes one guest in.
         sessions_max: if args.qmp.is_some() { 1 } else { args.sessions_max },

@@ -178,6 +178,20 @@ impl Control {
         self.state().patience = patience;
     }
 
+    /// The source's word, by other ways than this connection: its agent is gone, and with it
+    /// whatever it had still to say here.
+    pub fn hear_otherwise(&self, message: Message) {
+        let mut on_event = lock(&self.shared.delivery);
+        let mut state = self.state();
+        if std::mem::replace(&mut state.ended, true) {
+            return;
+        }
+        state.link.close();
+        drop(state);
+        self.shared.changed.notify_all();
+        on_event(Event::Message(message));
+    }
+
     /// The peer is not waited for any longer.
     pub fn give_up(&self) {
         self.lose(LinkError::Superseded);

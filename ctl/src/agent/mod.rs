@@ -27,6 +27,7 @@ pub mod rdma;
 #[path = "no_rdma.rs"]
 pub mod rdma;
 pub mod record;
+pub mod recovery;
 pub mod source;
 pub mod target;
 pub mod tickets;

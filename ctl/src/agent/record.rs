@@ -10,14 +10,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use pageferry_datapath::control::Word;
 use pageferry_datapath::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
 /// Where records are kept unless told otherwise.
 pub const STATE_DIR: &str = "/var/lib/pageferry";
 
-/// Bytes of one place: twice the largest record, and no write crosses a block.
-pub const SLOT_BYTES: usize = 1024;
+/// Bytes of one place: a block, and larger than any record whose paths the kernel takes as sockets.
+pub const SLOT_BYTES: usize = 4096;
 /// Places: a torn write spoils one, and the one before still stands.
 pub const SLOTS: usize = 4;
 
@@ -39,8 +40,6 @@ pub enum Decision {
     Attempting,
     /// Source: the guest is the target's from here on. Written before the commit leaves.
     HandedOver,
-    /// Target: the commit came.
-    Committed,
     /// The target's guest runs.
     Running,
     /// Given up: the guest is the source's.
@@ -62,10 +61,68 @@ pub struct Record {
     pub qmp: PathBuf,
     /// The monitor's pid on this side.
     pub pid: i32,
+    /// The agent's own pid.
+    #[serde(default)]
+    pub agent: u32,
+    /// Target: where it listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
+    /// How the other side is spoken to.
+    #[serde(default)]
+    pub security: RecordedSecurity,
     /// Which write of this session this is; the highest counts.
     pub sequence: u64,
     /// Seconds since 1970 when this was written.
     pub written_at: u64,
+}
+
+impl Record {
+    /// A session that begins now.
+    pub fn attempting(
+        session: SessionId,
+        role: Role,
+        peer: String,
+        qmp: PathBuf,
+        pid: i32,
+    ) -> Self {
+        Self {
+            session,
+            role,
+            decision: Decision::Attempting,
+            peer,
+            qmp,
+            pid,
+            agent: std::process::id(),
+            listen: None,
+            security: RecordedSecurity::default(),
+            sequence: 0,
+            written_at: 0,
+        }
+    }
+
+    /// What it says, as sides tell each other.
+    pub fn word(&self) -> Word {
+        match self.decision {
+            Decision::Attempting => Word::Attempting,
+            Decision::HandedOver => Word::HandedOver,
+            Decision::Running => Word::Running,
+            Decision::Aborted => Word::Aborted,
+        }
+    }
+}
+
+/// How the other side is spoken to, so that it can be asked again after a crash.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordedSecurity {
+    /// Certificates, if named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<PathBuf>,
+    /// Whom the peer's certificate names, if told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// Without TLS.
+    #[serde(default)]
+    pub insecure: bool,
 }
 
 /// A record could not be made durable.
@@ -94,11 +151,7 @@ pub struct Records {
 impl Records {
     /// Begins a record as [`Decision::Attempting`]; creates the folder if it is not there.
     pub fn begin(dir: &Path, record: Record) -> Result<Self, RecordError> {
-        let role = match record.role {
-            Role::Source => "source",
-            Role::Target => "target",
-        };
-        let path = dir.join(format!("{}.{role}.json", record.session));
+        let path = path_of(dir, record.session, record.role);
         let failed = |step: &'static str| {
             let path = path.clone();
             move |source| RecordError { path, step, source }
@@ -107,6 +160,8 @@ impl Records {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create_new(true).open(&path);
         let file = file.map_err(failed("created"))?;
+        // For as long as this agent lives: whoever can lock it later knows that it does not.
+        file.try_lock().map_err(|error| failed("locked")(error.into()))?;
         file.write_all_at(&[0; SLOTS * SLOT_BYTES], 0).map_err(failed("written"))?;
         file.sync_all().map_err(failed("made durable"))?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("made durable"))?;
@@ -115,6 +170,24 @@ impl Records {
         records.write(Decision::Attempting)?;
         records.write(Decision::Attempting)?;
         Ok(records)
+    }
+
+    /// Takes over a record whose agent is gone; `WouldBlock` while it is not.
+    pub fn open(path: &Path) -> Result<Self, RecordError> {
+        let failed =
+            |step: &'static str| move |source| RecordError { path: path.to_owned(), step, source };
+        let file =
+            OpenOptions::new().read(true).write(true).open(path).map_err(failed("opened"))?;
+        file.try_lock().map_err(|error| failed("locked")(error.into()))?;
+        let record = read(path).map_err(failed("read"))?;
+        // What was read may be on its way to the disk yet, and is acted upon from here on.
+        file.sync_all().map_err(failed("made durable"))?;
+        Ok(Self { path: path.to_owned(), file, record, write_cost: Duration::MAX })
+    }
+
+    /// What it says.
+    pub fn record(&self) -> &Record {
+        &self.record
     }
 
     /// Writes down another decision; durable when this returns.
@@ -166,6 +239,31 @@ impl Records {
     }
 }
 
+/// Where the record of a session is kept.
+pub fn path_of(dir: &Path, session: SessionId, role: Role) -> PathBuf {
+    let role = match role {
+        Role::Source => "source",
+        Role::Target => "target",
+    };
+    dir.join(format!("{session}.{role}.json"))
+}
+
+/// Every record in a folder, the oldest first; what can't be read is left out.
+pub fn list(dir: &Path) -> Vec<(PathBuf, Record)> {
+    let files = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let records = files.filter(|path| path.extension().is_some_and(|it| it == "json"));
+    let mut records: Vec<_> =
+        records.filter_map(|path| read(&path).ok().map(|record| (path, record))).collect();
+    records.sort_by_key(|(_, record)| record.written_at);
+    records
+}
+
+/// Whether the agent that keeps this record lives.
+pub fn is_in_use(path: &Path) -> bool {
+    let locked = File::open(path).map(|file| file.try_lock_shared());
+    matches!(locked, Ok(Err(fs::TryLockError::WouldBlock)))
+}
+
 /// Reads one record: the newest whole one of its places.
 pub fn read(path: &Path) -> std::io::Result<Record> {
     let bytes = fs::read(path)?;
@@ -185,16 +283,8 @@ mod tests {
     #[test]
     fn the_newest_whole_write_counts() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let record = Record {
-            session: SessionId(7),
-            role: Role::Source,
-            decision: Decision::Attempting,
-            peer: "10.0.0.2:4444".into(),
-            qmp: "/run/qmp".into(),
-            pid: 1,
-            sequence: 0,
-            written_at: 0,
-        };
+        let qmp = "/run/qmp".into();
+        let record = Record::attempting(SessionId(7), Role::Source, "10.0.0.2:4444".into(), qmp, 1);
         let mut records = Records::begin(dir.path(), record).expect("begun");
         records.write(Decision::HandedOver).expect("written");
         let path = records.path().to_owned();
@@ -202,6 +292,12 @@ mod tests {
         let torn = SLOT_BYTES as u64 * 3 + 40;
         records.file.write_all_at(&[0xff; 100], torn).expect("written");
         assert_eq!(read(&path).expect("readable").decision, Decision::Attempting);
+        assert!(is_in_use(&path));
+        assert_eq!(Records::open(&path).expect_err("it is in use").step, "locked");
+        drop(records);
+        assert!(!is_in_use(&path));
+        let records = Records::open(&path).expect("its agent is gone");
+        assert_eq!(list(dir.path()), [(path, records.record().clone())]);
         records.forget();
         assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 0);
     }

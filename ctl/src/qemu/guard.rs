@@ -7,21 +7,23 @@
 //! lets the guest go on: unless the session's record says that it was handed over. Then nobody here
 //! can know whose it is, and it stays paused.
 
-use std::fs::File;
 use std::io::{BufRead, Write, stdin};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Instant;
 
+use pageferry_datapath::control::Word;
+use pageferry_datapath::recover::Peer;
 use pageferry_datapath::source::Failure;
 use serde::{Deserialize, Serialize};
 
 use super::capabilities::Settings;
 use super::{device_state, runstate};
 use crate::agent::failure;
-use crate::agent::record::{self, Decision};
-use crate::limits::STATE_TIMEOUT;
+use crate::agent::record::{Decision, Records};
+use crate::agent::recovery;
+use crate::limits::{RECOVER_TELL_MAX, STATE_TIMEOUT};
 use crate::qmp::Qmp;
 use crate::report::exit::Exit;
 
@@ -115,33 +117,34 @@ pub fn run() -> Exit {
 fn take_over(charge: &Charge, paused: bool) -> Exit {
     let Charge { qmp, record, settings } = charge;
     let by_hand = format!("connect to {} and look with `query-status`", qmp.display());
-    match record::read(record).map(|record| record.decision) {
-        Ok(Decision::Attempting | Decision::Aborted) => {}
-        Ok(decision) => {
-            eprintln!(
-                "error: the source agent ended unexpectedly: its record says {decision:?}: the \
-                 guest stays as it is here\nhint: if it does not run at the target and never \
-                 will, {by_hand}, then `cont`; the record is {}",
-                record.display()
-            );
-            return Exit::HandoverUncertain;
-        }
+    let mut records = match Records::open(record) {
+        Ok(records) => records,
         Err(error) => {
             eprintln!(
-                "error: the source agent ended unexpectedly: {}: {error}: the guest stays as it \
-                 is here\nhint: {by_hand}",
-                record.display()
+                "error: the source agent ended unexpectedly: {}: the guest stays as it is here\n\
+                 hint: {by_hand}",
+                failure::chain("", &error)
             );
             return Exit::HandoverUncertain;
         }
-    }
-    // What was read may be on its way to the disk yet: should this host lose its power once the guest
-    // runs, nobody may find a record there that gives it away.
-    if let Err(error) = File::open(record).and_then(|file| file.sync_all()) {
+    };
+    let session = records.record().session;
+    if !matches!(records.record().decision, Decision::Attempting | Decision::Aborted) {
         eprintln!(
-            "error: the source agent ended unexpectedly: {}: {error}: the guest stays as it is \
-             here\nhint: {by_hand}, then `cont`",
-            record.display()
+            "error: the source agent ended unexpectedly: its record says {:?}: the guest stays as \
+             it is here\nhint: pageferry recover {session} --state-dir {}",
+            records.record().decision,
+            record.parent().unwrap_or(record).display()
+        );
+        return Exit::HandoverUncertain;
+    }
+    // Before the guest goes on: should this host lose its power then, nobody may find a record here
+    // that gives away what runs.
+    if let Err(error) = records.write(Decision::Aborted) {
+        eprintln!(
+            "error: the source agent ended unexpectedly: {}: the guest stays as it is here\n\
+             hint: {by_hand}, then `cont`",
+            failure::chain("", &error)
         );
         return Exit::HandoverUncertain;
     }
@@ -157,7 +160,14 @@ fn take_over(charge: &Charge, paused: bool) -> Exit {
     match settled {
         Ok(()) => {
             eprintln!("error: the source agent ended unexpectedly: the guest runs on here");
-            let _a_leftover_is_harmless = std::fs::remove_file(record);
+            let until = Instant::now() + RECOVER_TELL_MAX;
+            match recovery::ask(records.record(), Word::Aborted, until) {
+                Peer::Says(_) => records.forget(),
+                // Should the target ask one day, or its operator.
+                Peer::Unreachable | Peer::Dead => {
+                    eprintln!("hint: the target was not told; pageferry recover {session} does it");
+                }
+            }
             Exit::RunningAtSource
         }
         Err(error) => {

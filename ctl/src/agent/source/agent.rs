@@ -18,7 +18,7 @@ use super::super::failure;
 use super::super::hold::Hold;
 use super::super::link::{Link, LinkError};
 use super::super::monitor::{SourceMonitor, StateStream};
-use super::super::record::{Decision, Record, Records, Role};
+use super::super::record::{Decision, Record, RecordedSecurity, Records, Role};
 use super::super::tls::{Security, TlsError};
 use super::mover::{self, Mover, Way};
 use super::state_relay::StateRelay;
@@ -79,20 +79,14 @@ impl<'a> Agent<'a> {
         if lanes.encrypt {
             lanes.tls = Some(lane_tls(options, &link, monitor)?);
         }
-        let records = Records::begin(
-            &options.state_dir,
-            Record {
-                session,
-                role: Role::Source,
-                decision: Decision::Attempting,
-                peer: options.to.clone(),
-                qmp: options.qmp.clone(),
-                pid: monitor.facts().pid,
-                sequence: 0,
-                written_at: 0,
-            },
-        )
-        .map_err(|error| {
+        let (peer, qmp, pid) = (options.to.clone(), options.qmp.clone(), monitor.facts().pid);
+        let mut record = Record::attempting(session, Role::Source, peer, qmp, pid);
+        record.security = RecordedSecurity {
+            tls_dir: options.caller.tls_dir.clone(),
+            hostname: options.caller.hostname.clone(),
+            insecure: options.caller.insecure,
+        };
+        let records = Records::begin(&options.state_dir, record).map_err(|error| {
             let hint = "name a writable folder with --state-dir";
             failure::host("record", &error, Some(hint.into()))
         })?;

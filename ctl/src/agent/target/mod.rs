@@ -22,6 +22,7 @@ use super::failure;
 use super::lanes::LaneChoice;
 use super::link::LinkError;
 use super::monitor::TargetMonitor;
+use super::record::RecordedSecurity;
 
 /// What a target agent is told.
 #[derive(Clone, Debug)]
@@ -32,6 +33,10 @@ pub struct TargetOptions {
     pub qmp: Option<PathBuf>,
     /// Where records are kept.
     pub state_dir: PathBuf,
+    /// Where it listens, for the record.
+    pub listen: String,
+    /// How sources are believed, for the record.
+    pub security: RecordedSecurity,
     /// For how long a source may be cut off.
     pub reconnect: Duration,
     /// Migrations at the same time.

@@ -12,13 +12,15 @@ use std::thread::{self, Scope};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
-use pageferry_datapath::control::{Abort, AbortReason, Hello, Message, Rejoin};
+use pageferry_datapath::control::{Abort, AbortReason, Hello, Message, Recover, Rejoin, Word};
 use pageferry_datapath::framing::hello::Refusal;
 use pageferry_datapath::ids::SessionId;
+use pageferry_datapath::target::Outcome;
 
 use super::super::acceptor::{Acceptor, Arrival};
 use super::super::control::{Control, NotAdopted};
 use super::super::link::Link;
+use super::super::recovery;
 use super::session::{Handle, Session};
 use super::{OpenMonitor, TargetOptions, TargetResult};
 use crate::limits;
@@ -36,8 +38,15 @@ pub fn serve(
     let (to_ended, ended) = unbounded();
     thread::scope(|scope| {
         let sessions = HashMap::new();
-        let waiting = None;
-        let mut server = Server { options, open_monitor, scope, to_ended, sessions, waiting };
+        let mut server = Server {
+            options,
+            open_monitor,
+            scope,
+            to_ended,
+            sessions,
+            waiting: None,
+            asked: Vec::new(),
+        };
         loop {
             select! {
                 recv(acceptor.arrivals()) -> arrival => match arrival {
@@ -46,7 +55,7 @@ pub fn serve(
                 },
                 recv(ended) -> result => {
                     let result: TargetResult = result.expect("the server holds a sender");
-                    server.sessions.remove(&result.session);
+                    server.ended(&result);
                     if done(result).is_break() {
                         break;
                     }
@@ -59,7 +68,7 @@ pub fn serve(
         server.stop();
         while !server.sessions.is_empty() {
             let result: TargetResult = ended.recv().expect("the server holds a sender");
-            server.sessions.remove(&result.session);
+            server.ended(&result);
             let _it_ends_anyway = done(result);
         }
     });
@@ -73,6 +82,8 @@ struct Server<'scope, 'env> {
     sessions: HashMap<SessionId, Handle>,
     /// Comes as soon as the one that it takes the place of has ended.
     waiting: Option<(Link, Hello, Instant)>,
+    /// Sources that ask what became of a session, which is ending.
+    asked: Vec<(SessionId, Link)>,
 }
 
 impl Server<'_, '_> {
@@ -92,9 +103,44 @@ impl Server<'_, '_> {
                     let control = known.map(|session| session.control.clone());
                     self.scope.spawn(move || come_back(control, &link, &rejoin));
                 }
+                Message::Recover(ask) => self.recover(link, ask),
                 _ => refuse(&link, "a session begins with a hello", None),
             },
             Arrival::Stranger { from, reason } => tell(&format!("{from}: {reason}")),
+        }
+    }
+
+    /// The agent of a source is gone, and somebody asks for it what became of the session. One that
+    /// is on its way hears the source's word first, and ends by it.
+    fn recover(&mut self, link: Link, ask: Recover) {
+        let Some(session) = self.sessions.get(&ask.session) else {
+            let dir = self.options.state_dir.clone();
+            self.scope.spawn(move || recovery::answer(&dir, &link, ask));
+            return;
+        };
+        let control = session.control.clone();
+        let word = match ask.word {
+            Word::HandedOver => Message::Commit,
+            _ => Message::Abort(Abort {
+                reason: AbortReason::HostFailed,
+                text: "the source's agent is gone, and its guest goes on there".into(),
+                hint: None,
+            }),
+        };
+        self.asked.push((ask.session, link));
+        self.scope.spawn(move || control.hear_otherwise(word));
+    }
+
+    /// A session is over; whoever asked for it hears how.
+    fn ended(&mut self, result: &TargetResult) {
+        self.sessions.remove(&result.session);
+        let word = match &result.outcome {
+            Outcome::Runs => Word::Running,
+            Outcome::Failed(_) => Word::Aborted,
+            Outcome::Uncertain(_) => Word::Attempting,
+        };
+        for (_, link) in self.asked.extract_if(.., |(session, _)| *session == result.session) {
+            recovery::tell(&link, word);
         }
     }
 

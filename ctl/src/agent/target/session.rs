@@ -282,7 +282,7 @@ impl<'a> Session<'a> {
     ) -> Result<Choice, Failure> {
         let mut monitor = open_monitor(offer)?;
         self.memory = monitor.inspect(offer)?;
-        self.records = Some(self.begin_record(monitor.pid())?);
+        self.records = Some(self.begin_record(offer, monitor.pid())?);
         self.monitor = Some(monitor);
         let at = self.control.local().map(|address| address.ip());
         let secret = self
@@ -293,17 +293,13 @@ impl<'a> Session<'a> {
         self.intake.agree(offer, self.memory.clone(), at, tickets)
     }
 
-    fn begin_record(&self, pid: i32) -> Result<Records, Failure> {
-        let record = Record {
-            session: self.session,
-            role: Role::Target,
-            decision: Decision::Attempting,
-            peer: self.control.peer().map(|peer| peer.to_string()).unwrap_or_default(),
-            qmp: self.options.qmp.clone().unwrap_or_default(),
-            pid,
-            sequence: 0,
-            written_at: 0,
-        };
+    fn begin_record(&self, offer: &Offer, pid: i32) -> Result<Records, Failure> {
+        let peer = self.control.peer().map(|peer| peer.to_string()).unwrap_or_default();
+        let named = || offer.target_qmp.clone().map(Into::into);
+        let qmp = self.options.qmp.clone().or_else(named).unwrap_or_default();
+        let mut record = Record::attempting(self.session, Role::Target, peer, qmp, pid);
+        record.listen = Some(self.options.listen.clone());
+        record.security = self.options.security.clone();
         Records::begin(&self.options.state_dir, record).map_err(|error| {
             let hint = "name a writable folder with --state-dir";
             failure::host("record", &error, Some(hint.into()))

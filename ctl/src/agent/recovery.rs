@@ -1,0 +1,228 @@
+//! After an agent or a host was lost: asks the other side, and carries out what
+//! `pageferry_datapath::recover` makes of both records and both monitors.
+//!
+//! Used by `pageferry recover`, by the guard of a source agent, and by a target agent that is asked.
+
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pageferry_datapath::control::{Message, Recover, Recovered, Word};
+use pageferry_datapath::recover::{self, End, Guest, Peer, Step};
+
+use super::link::Link;
+use super::record::{self, Decision, Record, RecordError, RecordedSecurity, Records, Role};
+use super::tls::Caller;
+use crate::limits;
+use crate::qemu::runstate::{self, RunState};
+use crate::qmp::{Qmp, QmpError};
+
+/// Why a session could not be brought to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoveryError {
+    /// The record can't be read, written, or belongs to an agent that lives.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The guest did not go on.
+    #[error("the guest on {} does not go on", qmp.display())]
+    Run {
+        /// Its monitor's socket.
+        qmp: PathBuf,
+        /// Why.
+        #[source]
+        source: QmpError,
+    },
+}
+
+/// One side of a session whose agent is gone.
+#[derive(Debug)]
+pub struct Side {
+    records: Option<Records>,
+    record: Record,
+    qmp: Option<Qmp>,
+}
+
+impl Side {
+    /// Takes over the record at `path`.
+    pub fn open(path: &Path) -> Result<Self, RecoveryError> {
+        let records = Records::open(path)?;
+        let record = records.record().clone();
+        let qmp = Qmp::connect(&record.qmp).ok().filter(|qmp| is_monitor(qmp, record.pid));
+        Ok(Self { records: Some(records), record, qmp })
+    }
+
+    /// What its record said when it was opened.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// The guest on this side.
+    pub fn guest(&self) -> Guest {
+        let state = self.qmp.as_ref().and_then(|qmp| RunState::query(qmp).ok());
+        match state {
+            Some(state) if state.running => Guest::Runs,
+            Some(state) if state.status != "inmigrate" => Guest::Whole,
+            _ => Guest::Absent,
+        }
+    }
+
+    fn word(&self) -> Word {
+        self.records.as_ref().map_or(Word::None, |records| records.record().word())
+    }
+
+    /// The source's way to its end. The target is asked again and again until `until`.
+    pub fn recover_source(
+        &mut self,
+        peer_is_dead: bool,
+        until: Instant,
+    ) -> Result<End, RecoveryError> {
+        let guest = self.guest();
+        let (word, first) = recover::source_word(self.word(), guest);
+        self.carry_out(first.as_slice())?;
+        let mut peer = ask(&self.record, word, until);
+        if peer_is_dead && peer == Peer::Unreachable {
+            peer = Peer::Dead;
+        }
+        let plan = recover::source(self.word(), guest, peer);
+        self.carry_out(&plan.steps)?;
+        Ok(plan.end)
+    }
+
+    /// The target's way to its end, with what is known of the source.
+    pub fn recover_target(&mut self, peer: Peer) -> Result<End, RecoveryError> {
+        let plan = recover::target(self.word(), self.guest(), peer);
+        self.carry_out(&plan.steps)?;
+        Ok(plan.end)
+    }
+
+    fn carry_out(&mut self, steps: &[Step]) -> Result<(), RecoveryError> {
+        for step in steps {
+            match step {
+                Step::Record(word) => self.write(*word)?,
+                Step::Run => self.run()?,
+                // A monitor that loaded a guest can't be made to wait for another: it stays paused
+                // until its operator ends it.
+                Step::Release => {}
+                Step::Tell => {
+                    let until = Instant::now() + limits::RECOVER_TELL_MAX;
+                    let _it_may_not_hear_it = ask(&self.record, self.word(), until);
+                }
+                Step::Forget => {
+                    if let Some(records) = self.records.take() {
+                        records.forget();
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, word: Word) -> Result<(), RecoveryError> {
+        let decision = match word {
+            Word::Attempting | Word::None => Decision::Attempting,
+            Word::HandedOver => Decision::HandedOver,
+            Word::Running => Decision::Running,
+            Word::Aborted => Decision::Aborted,
+        };
+        if let Some(records) = &mut self.records {
+            records.write(decision)?;
+        }
+        Ok(())
+    }
+
+    fn run(&self) -> Result<(), RecoveryError> {
+        let Some(qmp) = &self.qmp else { return Ok(()) };
+        let failed = |source| RecoveryError::Run { qmp: self.record.qmp.clone(), source };
+        runstate::settle_and_cont(qmp).map(drop).map_err(failed)
+    }
+}
+
+/// Whether the process behind a socket is the one of the record: another may have taken its place.
+fn is_monitor(qmp: &Qmp, pid: i32) -> bool {
+    crate::qemu::pid::find(qmp).is_ok_and(|found| found == pid)
+}
+
+/// How the other side of a record is spoken to.
+fn caller(security: &RecordedSecurity) -> Caller {
+    Caller {
+        tls_dir: security.tls_dir.clone(),
+        hostname: security.hostname.clone(),
+        insecure: security.insecure,
+    }
+}
+
+/// Tells the target the source's word and asks for its own, again and again until `until`.
+pub fn ask(record: &Record, word: Word, until: Instant) -> Peer {
+    let question = Message::Recover(Recover { session: record.session, word });
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let within = left.clamp(limits::RECOVER_TRY_MIN, limits::RECOVER_ANSWER_MAX);
+        let answered =
+            Link::connect(&record.peer, &caller(&record.security), within).and_then(|link| {
+                link.send(&question)?;
+                let answer = link.receive(within);
+                link.close();
+                answer
+            });
+        match answered {
+            Ok(Message::Recovered(Recovered { word })) => return Peer::Says(word),
+            Ok(other) => tracing::warn!(?other, "the target does not answer the question"),
+            Err(error) => tracing::debug!(%error, "the target does not answer"),
+        }
+        if Instant::now() >= until {
+            return Peer::Unreachable;
+        }
+        thread::sleep(limits::RECOVER_PAUSE);
+    }
+}
+
+/// Target: acts on the source's word, and answers with what the record here says then.
+pub fn answer(state_dir: &Path, link: &Link, ask: Recover) {
+    let path = record::path_of(state_dir, ask.session, Role::Target);
+    if !path.exists() {
+        return tell(link, Word::None);
+    }
+    let answered = Side::open(&path).and_then(|mut side| {
+        let end = side.recover_target(Peer::Says(ask.word))?;
+        tracing::info!(session = %ask.session, ?end, "recovered by the source's word");
+        Ok(side.word())
+    });
+    match answered {
+        Ok(word) => tell(link, word),
+        // Without an answer the source keeps what it has, and asks again.
+        Err(error) => tracing::warn!(%error, session = %ask.session, "not recovered"),
+    }
+}
+
+/// Answers, and ends the connection.
+pub fn tell(link: &Link, word: Word) {
+    // Who is gone asks again.
+    let _asks_again = link.send(&Message::Recovered(Recovered { word }));
+    link.finish();
+}
+
+/// What people are told of an end, on the side of `role`.
+pub fn in_words(end: End, role: Role) -> &'static str {
+    match (end, role) {
+        (End::RunsHere, Role::Source) => "the guest runs here, at the source",
+        (End::RunsHere, Role::Target) => "the guest runs here, at the target",
+        (End::TheOthers, Role::Source) => "the guest is the target's; here it stays paused",
+        (End::TheOthers, Role::Target) => "the guest is the source's; end the QEMU that waits here",
+        (End::Unknown, Role::Source) => {
+            "the hand-over was decided and the target does not answer: the guest stays paused here"
+        }
+        (End::Unknown, Role::Target) => {
+            "the guest is loaded and paused here; only the source's record says whose it is"
+        }
+        (End::Gone, _) => "the guest is gone: its QEMU ended before it was loaded elsewhere",
+        (End::RunsTwice, _) => {
+            "the guest runs on both sides: somebody let it run against the records"
+        }
+    }
+}
+
+/// How long a recovery may wait for the other side unless told otherwise.
+pub const WAIT_S: u64 = 10;
+
+/// Pause between looks of a target that waits to be asked.
+pub const LOOK: Duration = Duration::from_millis(200);

@@ -1,0 +1,190 @@
+//! `pageferry recover`: brings sessions to their end whose agents, hosts or network were lost.
+//!
+//! The source asks the target. A target that needs the source's word waits for it to ask: where no
+//! `pageferry target` listens any more, by listening in its place.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{after, select};
+use pageferry_datapath::control::Message;
+use pageferry_datapath::recover::{End, Peer};
+
+use crate::agent::acceptor::{Acceptor, Arrival};
+use crate::agent::failure;
+use crate::agent::record::{self, Record, Role};
+use crate::agent::recovery::{self, LOOK, RecoveryError, Side};
+use crate::agent::tls::Door;
+use crate::cli::RecoverArgs;
+use crate::report::exit::Exit;
+
+/// Runs the subcommand.
+pub fn run(args: &RecoverArgs) -> Exit {
+    let records = record::list(&args.state_dir);
+    let asked = |record: &Record| args.session.is_none_or(|session| record.session == session);
+    let found: Vec<_> = records.into_iter().filter(|(_, record)| asked(record)).collect();
+    if found.is_empty() {
+        return nothing_found(args);
+    }
+    let mut worst = Exit::Done;
+    for (path, record) in found {
+        let exit = match recover(args, &path, &record) {
+            Ok(end) => {
+                say(args, &record, end);
+                exit_of(end)
+            }
+            Err(error) => {
+                eprintln!("error: {}: {}", record.session, failure::chain("", &error));
+                eprintln!("hint: {}", hint(&error));
+                match error {
+                    RecoveryError::Record(_) => Exit::Refused,
+                    RecoveryError::Run { .. } => Exit::PausedAtSource,
+                }
+            }
+        };
+        worst = if exit.code() > worst.code() { exit } else { worst };
+    }
+    worst
+}
+
+fn recover(args: &RecoverArgs, path: &Path, record: &Record) -> Result<End, RecoveryError> {
+    let until = Instant::now() + Duration::from_secs(args.wait);
+    match record.role {
+        Role::Source => Side::open(path)?.recover_source(args.peer_is_dead, until),
+        Role::Target => {
+            let peer = if args.peer_is_dead { Peer::Dead } else { Peer::Unreachable };
+            let end = Side::open(path)?.recover_target(peer)?;
+            match end {
+                End::Unknown => wait_for_the_source(args, path, record, until),
+                end => Ok(end),
+            }
+        }
+    }
+}
+
+/// Waits until the source has asked: here, or at a target agent that listens already.
+fn wait_for_the_source(
+    args: &RecoverArgs,
+    path: &Path,
+    record: &Record,
+    until: Instant,
+) -> Result<End, RecoveryError> {
+    let security = &record.security;
+    let door = |address| Door::of(address, security.tls_dir.as_deref(), security.insecure);
+    let acceptor = record.listen.as_ref().and_then(|at| Acceptor::listen(at, door).ok());
+    if let Some(at) = record.listen.as_ref().filter(|_| !args.json) {
+        println!("{}: waiting for `pageferry recover` at the source, on {at}", record.session);
+    }
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(End::Unknown);
+        }
+        match &acceptor {
+            Some(acceptor) => select! {
+                recv(acceptor.arrivals()) -> arrival => match arrival {
+                    Ok(Arrival::Control { link, first }) => {
+                        if let Message::Recover(ask) = *first {
+                            recovery::answer(&args.state_dir, &link, ask);
+                        }
+                    }
+                    Ok(Arrival::Lane(_) | Arrival::Stranger { .. }) | Err(_) => {}
+                },
+                recv(after(left.min(LOOK))) -> _ => {}
+            },
+            None => std::thread::sleep(left.min(LOOK)),
+        }
+        // Without the source's word nothing changes here; with it the record does.
+        if record::read(path).is_ok_and(|now| now.decision != record.decision) {
+            return Side::open(path)?.recover_target(Peer::Unreachable);
+        }
+    }
+}
+
+fn nothing_found(args: &RecoverArgs) -> Exit {
+    match args.session {
+        None => {
+            if !args.json {
+                println!("nothing to recover: no records in {}", args.state_dir.display());
+            }
+            Exit::Done
+        }
+        Some(session) => {
+            eprintln!("error: no record of {session} in {}", args.state_dir.display());
+            eprintln!(
+                "hint: name the folder with --state-dir; a session that both sides know the end of \
+                 has no record"
+            );
+            Exit::Refused
+        }
+    }
+}
+
+fn say(args: &RecoverArgs, record: &Record, end: End) {
+    let text = recovery::in_words(end, record.role);
+    match args.json {
+        true => println!(
+            "{}",
+            serde_json::json!({
+                "event": "recovered",
+                "session": record.session.to_string(),
+                "role": record.role,
+                "end": name(end),
+                "text": text,
+            })
+        ),
+        false => println!("{}: {text}", record.session),
+    }
+    if end == End::Unknown {
+        let (other, session) = (other_side(record.role), record.session);
+        eprintln!(
+            "hint: run `pageferry recover {session}` at the {other} too, within --wait seconds"
+        );
+        eprintln!(
+            "hint: if its QEMU does not run and never will: pageferry recover {session} \
+             --peer-is-dead"
+        );
+    }
+}
+
+fn other_side(role: Role) -> &'static str {
+    match role {
+        Role::Source => "target",
+        Role::Target => "source",
+    }
+}
+
+/// As scripts read it.
+fn name(end: End) -> &'static str {
+    match end {
+        End::RunsHere => "runs-here",
+        End::TheOthers => "the-others",
+        End::Unknown => "unknown",
+        End::Gone => "gone",
+        End::RunsTwice => "runs-twice",
+    }
+}
+
+fn exit_of(end: End) -> Exit {
+    match end {
+        End::RunsHere | End::TheOthers => Exit::Done,
+        End::Gone | End::RunsTwice => Exit::RunningAtSource,
+        End::Unknown => Exit::HandoverUncertain,
+    }
+}
+
+fn hint(error: &RecoveryError) -> String {
+    match error {
+        RecoveryError::Record(error) if error.step == "locked" => {
+            "its agent lives: see `pageferry status`, end it with `pageferry cancel`".into()
+        }
+        RecoveryError::Record(error) => format!("look at {}", shown(&error.path)),
+        RecoveryError::Run { qmp, .. } => {
+            format!("connect to {} and look with `query-status`", shown(qmp))
+        }
+    }
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
