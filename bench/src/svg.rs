@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 
 const WIDTH: f64 = 860.0;
 const LEFT: f64 = 76.0;
-const RIGHT: f64 = 24.0;
+const RIGHT: f64 = 44.0;
 const TOP: f64 = 44.0;
 const PLOT_HEIGHT: f64 = 300.0;
 const LEGEND_ROW: f64 = 20.0;
