@@ -49,3 +49,36 @@ fn migrate_vs_qemu_compares_everyone() -> Outcome {
     assert!(method.contains("STOP event") && report["host"]["kernel"].is_string());
     Ok(())
 }
+
+/// Loopback is enough, and no privilege is needed.
+#[test]
+fn latency_writes_everything_it_promises() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
+        command.args(arguments).output()
+    };
+    let out = folder.path().display().to_string();
+    let arguments = ["latency", "--over", "tcp", "--sizes", "64", "--turns", "2"];
+    let more = ["--operations", "300", "--warm-up", "50", "--interval-ms", "1", "--out", &out];
+    let output = run(&[&arguments[..], &more].concat())?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let read = |name: &str| std::fs::read_to_string(folder.path().join(name));
+    let results: Value = serde_json::from_str(&read("results.json")?)?;
+    let runs = results["series"][0]["runs"].as_array().ok_or("no runs")?;
+    assert_eq!(runs.len(), 2, "{results:#}");
+    assert_eq!(runs[0]["distribution"]["count"], 300, "the warm-up does not count");
+    assert!(results["host"]["kernel"].is_string() && results["parameters"]["command"].is_array());
+    let page = read("results.html")?;
+    assert!(page.contains("<svg") && page.ends_with("</html>\n"));
+    // Names of the format, which nobody fetches.
+    let page = page.replace("http://www.w3.org/2000/svg", "");
+    assert!(!page.contains("http:") && !page.contains("https:") && !page.contains("<script"));
+    assert!(read("tcp-64-b-pageferry-bench.hgrm")?.contains("#[Max"));
+    assert!(read("tcp-64-b-pageferry-bench.hlog")?.contains("Tag=turn-1,"));
+    assert!(read("tcp-64-b-percentiles.svg")?.starts_with("<svg"));
+    let json = folder.path().join("results.json").display().to_string();
+    assert!(run(&["compare", &json, &json])?.status.success());
+    assert!(!run(&["compare", &json, &out])?.status.success());
+    Ok(())
+}
