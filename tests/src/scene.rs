@@ -100,6 +100,29 @@ impl Scene {
         Ok((source, target))
     }
 
+    /// Both agents, with a target that waits so many seconds for a source that is cut off.
+    pub fn agents_patient(
+        &self,
+        waiting: &Qemu,
+        more: &[&str],
+        seconds: &str,
+    ) -> Result<(Agent, Agent), LabError> {
+        let (from, to) = (self.here(), self.there());
+        let attempt = self.attempts.load(Ordering::Relaxed);
+        let name = |role: &str| format!("{role}-{attempt}");
+        let patience = ["--reconnect-timeout", seconds];
+        let target = Agent::target(&self.workplace, Some(to), &name("target"), waiting, &patience)?;
+        let source = Agent::source(
+            &self.workplace,
+            Some(from),
+            &name("source"),
+            &self.guest,
+            Some(to),
+            more,
+        )?;
+        Ok((source, target))
+    }
+
     /// Moves the guest to the other host; what both agents left. On success the guest is there.
     pub fn migrate(&mut self, more: &[&str]) -> Result<(Ended, Ended), LabError> {
         let waiting = self.waiting(|_| {})?;
@@ -110,10 +133,15 @@ impl Scene {
         }
         let target = target.wait(SOON)?;
         if source.code == 0 {
-            self.guest = waiting;
-            self.away = !self.away;
+            self.moved_to(waiting);
         }
         Ok((source, target))
+    }
+
+    /// The guest is in the QEMU that waited for it.
+    pub fn moved_to(&mut self, waiting: Qemu) {
+        self.guest = waiting;
+        self.away = !self.away;
     }
 
     /// The guest goes on: it ticks, and everything it has checked was right.

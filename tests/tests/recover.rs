@@ -1,0 +1,164 @@
+//! Sessions whose agents were lost are brought to their end by `pageferry recover`: one running
+//! guest, on the side that the records say, whoever asks.
+#![forbid(unsafe_code)]
+
+use nix::sys::signal::Signal;
+use pageferry_ctl::lab::{Qemu, Workplace, is_root, one_at_a_time, skip};
+use pageferry_ctl::qemu::runstate::RunState;
+use pageferry_ctl::qmp::Qmp;
+use pageferry_tests::agents::{Agent, Ended};
+use pageferry_tests::scene::{SOON, Scene};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+fn runs(qemu: &Qemu) -> Result<bool, Box<dyn std::error::Error>> {
+    Ok(RunState::query(&Qmp::connect(qemu.qmp())?)?.running)
+}
+
+/// `pageferry COMMAND` about the sessions of an agent, on its host.
+fn command(
+    scene: &Scene,
+    at_source: bool,
+    agent: &str,
+    args: &[&str],
+) -> Result<Agent, Box<dyn std::error::Error>> {
+    let host = if at_source { scene.here() } else { scene.there() };
+    let dir = scene.workplace.file(&format!("{agent}.state")).display().to_string();
+    let mut all = args.to_vec();
+    all.extend(["--state-dir", &dir]);
+    let name = format!("{}-{agent}", args[0]);
+    Ok(Agent::start(&scene.workplace, Some(host), &name, &all)?)
+}
+
+fn done(agent: Agent) -> Result<Ended, Box<dyn std::error::Error>> {
+    Ok(agent.wait(SOON)?)
+}
+
+/// A guest whose source agent was killed when its hand-over was on record, and a QEMU that has it
+/// loaded.
+fn decided(
+    workplace: &std::sync::Arc<Workplace>,
+) -> Result<(Scene, Qemu, Agent), Box<dyn std::error::Error>> {
+    let scene = Scene::boot(workplace, Scene::spec()?)?;
+    let waiting = scene.waiting(|_| {})?;
+    let (source, target) = scene.agents_held(&waiting, &[], "deciding:30000")?;
+    source.wait_error("held in", SOON)?;
+    source.signal(Signal::SIGKILL);
+    source.wait_error("its record says HandedOver: the guest stays as it is", SOON)?;
+    source.wait(SOON)?;
+    Ok((scene, waiting, target))
+}
+
+#[test]
+fn what_was_decided_is_finished_while_the_target_agent_lives() -> Outcome {
+    if !is_root() {
+        skip("what_was_decided_is_finished_while_the_target_agent_lives", "needs root");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let (mut scene, waiting, target) = decided(&workplace)?;
+    let status = done(command(&scene, true, "source-1", &["status", "--json"])?)?;
+    assert_eq!(status.events[0]["decision"], "handed-over", "{:?}", status.events);
+    assert_eq!(status.events[0]["live"], false);
+    let recover = done(command(&scene, true, "source-1", &["recover", "--json"])?)?;
+    assert_eq!(recover.code, 0, "{}", recover.stderr);
+    assert_eq!(recover.events[0]["end"], "the-others");
+    assert_eq!(target.wait(SOON)?.code, 0);
+    assert!(runs(&waiting)? && !runs(&scene.guest)?);
+    scene.moved_to(waiting);
+    scene.assert_goes_on()?;
+    Ok(())
+}
+
+#[test]
+fn what_was_decided_is_finished_when_both_agents_are_gone() -> Outcome {
+    if !is_root() {
+        skip("what_was_decided_is_finished_when_both_agents_are_gone", "needs root");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let (mut scene, waiting, target) = decided(&workplace)?;
+    assert_eq!(target.wait(SOON)?.code, 4, "it waits in vain for its source");
+    let alone = done(command(&scene, true, "source-1", &["recover", "--json", "--wait", "1"])?)?;
+    assert_eq!((alone.code, &alone.events[0]["end"]), (4, &"unknown".into()), "{}", alone.stderr);
+    assert!(!runs(&waiting)? && !runs(&scene.guest)?, "nobody runs what may be the other's");
+    let there = command(&scene, false, "target-1", &["recover", "--json", "--wait", "20"])?;
+    let here = done(command(&scene, true, "source-1", &["recover", "--json", "--wait", "15"])?)?;
+    let there = done(there)?;
+    assert_eq!((here.code, &here.events[0]["end"]), (0, &"the-others".into()), "{}", here.stderr);
+    assert_eq!((there.code, &there.events[0]["end"]), (0, &"runs-here".into()), "{}", there.stderr);
+    assert!(runs(&waiting)? && !runs(&scene.guest)?);
+    scene.moved_to(waiting);
+    scene.assert_goes_on()?;
+    Ok(())
+}
+
+#[test]
+fn with_the_target_dead_the_guest_goes_on_at_the_source_by_the_operator_s_word() -> Outcome {
+    if !is_root() {
+        skip("with_the_target_dead_the_guest_goes_on_at_the_source_by_the_operator_s_word", "root");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let (scene, waiting, target) = decided(&workplace)?;
+    target.signal(Signal::SIGKILL);
+    target.wait(SOON)?;
+    drop(waiting);
+    let session = done(command(&scene, true, "source-1", &["status", "--json"])?)?;
+    let session = session.events[0]["session"].as_str().ok_or("a session")?.to_owned();
+    let word = ["recover", &session, "--peer-is-dead", "--wait", "1", "--json"];
+    let recover = done(command(&scene, true, "source-1", &word)?)?;
+    assert_eq!((recover.code, &recover.events[0]["end"]), (0, &"runs-here".into()));
+    scene.assert_goes_on()?;
+    scene.assert_clean()?;
+    Ok(())
+}
+
+#[test]
+fn with_the_source_s_host_dead_the_loaded_guest_runs_by_the_operator_s_word() -> Outcome {
+    if !is_root() {
+        skip("with_the_source_s_host_dead_the_loaded_guest_runs_by_the_operator_s_word", "root");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let (mut scene, waiting, target) = decided(&workplace)?;
+    scene.guest.kill();
+    assert_eq!(target.wait(SOON)?.code, 4);
+    let session = done(command(&scene, false, "target-1", &["status", "--json"])?)?;
+    let session = session.events[0]["session"].as_str().ok_or("a session")?.to_owned();
+    let word = ["recover", &session, "--peer-is-dead", "--json"];
+    let recover = done(command(&scene, false, "target-1", &word)?)?;
+    assert_eq!((recover.code, &recover.events[0]["end"]), (0, &"runs-here".into()));
+    scene.moved_to(waiting);
+    scene.assert_goes_on()?;
+    Ok(())
+}
+
+#[test]
+fn a_session_on_its_way_can_be_cancelled_from_outside() -> Outcome {
+    if !is_root() {
+        skip("a_session_on_its_way_can_be_cancelled_from_outside", "needs root");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let waiting = scene.waiting(|_| {})?;
+    let (source, target) = scene.agents_held(&waiting, &[], "scanning:30000")?;
+    source.wait_error("held in", SOON)?;
+    let session = done(command(&scene, true, "source-1", &["status", "--json"])?)?;
+    assert_eq!(session.events[0]["live"], true);
+    let session = session.events[0]["session"].as_str().ok_or("a session")?.to_owned();
+    let recover = done(command(&scene, true, "source-1", &["recover", &session])?)?;
+    assert_eq!(recover.code, 3, "its agent lives: {}", recover.stderr);
+    let cancel = done(command(&scene, true, "source-1", &["cancel", &session])?)?;
+    assert_eq!(cancel.code, 0, "{}", cancel.stderr);
+    assert_eq!((source.wait(SOON)?.code, target.wait(SOON)?.code), (1, 1));
+    scene.assert_goes_on()?;
+    scene.assert_clean()?;
+    Ok(())
+}
