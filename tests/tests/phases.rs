@@ -73,9 +73,8 @@ fn interrupted_in_every_phase(name: &str, signal: Signal) -> Outcome {
             assert_eq!(source.code, code, "{phase}: {}", source.stderr);
             assert_eq!(told, "source", "{phase}");
         }
-        // Loaded, the guest is kept at the target until its source has said whose it is.
-        let kept = signal == Signal::SIGKILL && phase == "saving";
-        assert_eq!(target.code, if kept { 4 } else { 1 }, "{phase}: {}", target.stderr);
+        // Of a source that was killed the target hears by its guard.
+        assert_eq!(target.code, 1, "{phase}: {}", target.stderr);
         scene.assert_goes_on()?;
         scene.assert_clean()?;
         assert_eq!(settings()?, before, "{phase}");
