@@ -6,8 +6,10 @@
 //! `fdatasync`. The source's `handed-over` stands before the commit message leaves.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pageferry_datapath::control::Word;
@@ -21,6 +23,9 @@ pub const STATE_DIR: &str = "/var/lib/pageferry";
 pub const SLOT_BYTES: usize = 4096;
 /// Places: a torn write spoils one, and the one before still stands.
 pub const SLOTS: usize = 4;
+
+/// How long an agent that has ended may take to let go of its record.
+const INHERIT_WAIT: Duration = Duration::from_secs(10);
 
 /// Which side a record is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -172,6 +177,22 @@ impl Records {
         Ok(records)
     }
 
+    /// Takes over the record of an agent that is known to have ended: a process lets go of its
+    /// files one after the other, so its lock may be seen for a moment yet.
+    pub fn inherit(path: &Path) -> Result<Self, RecordError> {
+        let until = Instant::now() + INHERIT_WAIT;
+        loop {
+            match Self::open(path) {
+                Err(RecordError { source, .. })
+                    if source.kind() == ErrorKind::WouldBlock && Instant::now() < until =>
+                {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                other => return other,
+            }
+        }
+    }
+
     /// Takes over a record whose agent is gone; `WouldBlock` while it is not.
     pub fn open(path: &Path) -> Result<Self, RecordError> {
         let failed =
@@ -271,9 +292,9 @@ pub fn read(path: &Path) -> std::io::Result<Record> {
         let end = slot.iter().position(|byte| *byte == 0).unwrap_or(slot.len());
         serde_json::from_slice::<Record>(&slot[..end]).ok()
     });
-    whole.max_by_key(|record| record.sequence).ok_or_else(|| {
-        std::io::Error::new(std::io::ErrorKind::InvalidData, "no place holds a whole record")
-    })
+    whole
+        .max_by_key(|record| record.sequence)
+        .ok_or_else(|| std::io::Error::new(ErrorKind::InvalidData, "no place holds a whole record"))
 }
 
 #[cfg(test)]

@@ -117,7 +117,7 @@ pub fn run() -> Exit {
 fn take_over(charge: &Charge, paused: bool) -> Exit {
     let Charge { qmp, record, settings } = charge;
     let by_hand = format!("connect to {} and look with `query-status`", qmp.display());
-    let mut records = match Records::open(record) {
+    let mut records = match Records::inherit(record) {
         Ok(records) => records,
         Err(error) => {
             eprintln!(

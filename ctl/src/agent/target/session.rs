@@ -225,7 +225,10 @@ impl<'a> Session<'a> {
 
     /// Time has passed; is the monitor still there?
     fn look(&mut self) -> Input {
-        if let Some(failure) = self.intake.given_up(self.options.reconnect) {
+        // Once it is loaded, nothing is missing that a lane could bring.
+        if !self.loaded.load(Ordering::Relaxed)
+            && let Some(failure) = self.intake.given_up(self.options.reconnect)
+        {
             return Input::Failed(failure);
         }
         match self.monitor.as_ref().is_none_or(|monitor| monitor.is_alive()) {
