@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::agent::allow::Rule;
 use crate::agent::lanes::{Pin, Transport};
 use pageferry_datapath::ids::SessionId;
 
@@ -93,7 +94,8 @@ pub struct TargetArgs {
     /// Address and port for the control connection and, where it is TCP, the lanes.
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: String,
-    /// QMP socket of the waiting QEMU. Without it the source names one (`--target-qmp`).
+    /// QMP socket of the waiting QEMU. Without it the source names one (`--target-qmp`), which has
+    /// to be allowed.
     #[arg(long, value_name = "PATH")]
     pub qmp: Option<PathBuf>,
     #[command(flatten)]
@@ -114,6 +116,18 @@ pub struct TargetArgs {
     /// Where to write down what was decided.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
+    /// What may be written, and by whom; may be given several times. qmp=PATTERN: sockets that a
+    /// source may name. memory=PATTERN: files of guest memory. guest=PATTERN: QEMU's -name.
+    /// peer=PATTERN: names in the source's certificate. Default: whoever has a certificate, into
+    /// the QEMU of --qmp.
+    #[arg(long, value_name = "KIND=PATTERN")]
+    pub allow: Vec<Rule>,
+    /// Largest guest to take in, in MiB. Default: as large as the waiting QEMU.
+    #[arg(long, value_name = "MIB")]
+    pub guest_max_mib: Option<u64>,
+    /// Longest that a session may take until its guest is loaded, in seconds.
+    #[arg(long, value_name = "N", default_value_t = 86400)]
+    pub session_max_s: u64,
     /// Take in guests only by encrypted lanes.
     #[arg(long, conflicts_with = "insecure")]
     pub encrypt: bool,

@@ -10,6 +10,7 @@ pub mod lab;
 pub mod limits;
 pub mod migrate;
 pub mod pki;
+pub mod privileges;
 pub mod probe;
 pub mod qemu;
 pub mod qmp;

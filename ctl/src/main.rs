@@ -8,7 +8,7 @@ use crossbeam_channel::bounded;
 use pageferry_ctl::cli::{Cli, Command};
 use pageferry_ctl::qemu::guard;
 use pageferry_ctl::report::exit::Exit;
-use pageferry_ctl::{demo, lab, migrate, pki, probe, receive, recover, report, status};
+use pageferry_ctl::{demo, lab, migrate, pki, privileges, probe, receive, recover, report, status};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -19,6 +19,9 @@ fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_env("PAGEFERRY_LOG"))
         .with_writer(std::io::stderr)
         .init();
+    if matches!(cli.command, Command::Migrate(_) | Command::Target(_) | Command::Guard) {
+        privileges::this_is_an_agent();
+    }
     let (to_cancel, cancel) = bounded(16);
     let handler = ctrlc::set_handler(move || {
         // A full channel has been asked often enough.

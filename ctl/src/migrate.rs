@@ -86,6 +86,7 @@ fn options(args: &MigrateArgs) -> SourceOptions {
             tls_dir: args.tls.tls_dir.clone(),
             hostname: args.tls_hostname.clone(),
             insecure: args.tls.insecure,
+            ..Caller::default()
         },
         target_qmp: args.target_qmp.as_ref().map(|path| path.display().to_string()),
         qmp: args.qmp.clone(),
@@ -117,6 +118,7 @@ fn options(args: &MigrateArgs) -> SourceOptions {
         state_dir: args.state_dir.clone(),
         reconnect: Duration::from_secs(args.reconnect_timeout),
         blackout: Duration::from_millis(args.blackout_timeout_ms),
+        writes_a_file: args.histogram.is_some(),
     }
 }
 

@@ -13,6 +13,7 @@
 pub mod capabilities;
 pub mod channel;
 pub mod checks;
+mod claim;
 pub mod device_state;
 pub mod guard;
 pub mod memory;

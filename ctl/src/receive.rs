@@ -1,6 +1,7 @@
 //! `pageferry target`: the target agent with its messages and exit code.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
@@ -10,6 +11,7 @@ use pageferry_datapath::target::Outcome;
 use pageferry_uring::plan::ZeroCopyWish;
 
 use crate::agent::acceptor::{Acceptor, ListenError};
+use crate::agent::allow::Allowed;
 use crate::agent::failure;
 use crate::agent::lanes::{self, LaneChoice};
 use crate::agent::monitor::TargetMonitor;
@@ -23,11 +25,8 @@ use crate::report::exit::Exit;
 
 /// Runs the subcommand: one migration after the other until Ctrl-C, or one with `--once`.
 pub fn run(args: &TargetArgs, cancel: &Receiver<()>) -> Exit {
-    let open = |offer: &Offer| {
-        let named = args.qmp.clone().or_else(|| offer.target_qmp.clone().map(Into::into));
-        let path = named.ok_or_else(no_qmp)?;
-        Ok(Box::new(QemuTarget::open(&path)?) as Box<dyn TargetMonitor>)
-    };
+    let allowed = allowed(args);
+    let open = |offer: &Offer| open_monitor(args, &allowed, offer);
     run_with(&open, args, cancel)
 }
 
@@ -72,6 +71,8 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
         reconnect: Duration::from_secs(args.reconnect_timeout),
         // A QEMU takes one guest in.
         sessions_max: if args.qmp.is_some() { 1 } else { args.sessions_max },
+        allowed: allowed(args),
+        session_max: Duration::from_secs(args.session_max_s),
     };
     let mut last = Exit::Done;
     let mut done = |result: TargetResult| {
@@ -85,6 +86,32 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
     let mut tell = |text: &str| eprintln!("{text}");
     target::serve(&options, &acceptor, open, cancel, &mut tell, &mut done);
     last
+}
+
+fn allowed(args: &TargetArgs) -> Allowed {
+    let guest_bytes_max = args.guest_max_mib.map(|mib| mib << 20);
+    Allowed { rules: args.allow.clone(), guest_bytes_max }
+}
+
+/// The QEMU for an offer, if it may be used for that.
+fn open_monitor(
+    args: &TargetArgs,
+    allowed: &Allowed,
+    offer: &Offer,
+) -> Result<Box<dyn TargetMonitor>, Failure> {
+    allowed.size(offer)?;
+    let path = match (&args.qmp, &offer.target_qmp) {
+        (Some(own), _) => own.clone(),
+        (None, Some(named)) => {
+            let named = PathBuf::from(named);
+            allowed.named_qmp(&named)?;
+            named
+        }
+        (None, None) => return Err(no_qmp()),
+    };
+    let monitor = QemuTarget::open(&path)?;
+    allowed.monitor(monitor.name().as_deref(), &monitor.files())?;
+    Ok(Box::new(monitor))
 }
 
 fn not_listening(args: &TargetArgs, error: &ListenError) {

@@ -3,12 +3,20 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::mpsc::Sender;
+use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use pageferry_ctl::lab::{Workplace, certificates, is_root, one_at_a_time, skip};
+use pageferry_ctl::agent::link::Link;
+use pageferry_ctl::agent::record::Role;
+use pageferry_ctl::agent::tls::Caller;
+use pageferry_ctl::lab::{Workplace, certificates, is_root, one_at_a_time, program, skip};
 use pageferry_ctl::pki::authority::{self, Validity};
+use pageferry_datapath::control::{Hello, Message};
 use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, REPLY_BYTES, Refusal, Reply};
+use pageferry_datapath::ids::SessionId;
 use pageferry_tests::agents::{Agent, Ended, PORT};
 use pageferry_tests::scene::{SOON, Scene};
 
@@ -158,6 +166,201 @@ fn encrypted_lanes_move_a_guest_and_their_cost_is_told() -> Outcome {
     Ok(())
 }
 
+#[test]
+fn a_target_writes_only_what_it_was_allowed_to_and_a_guest_is_claimed_once() -> Outcome {
+    let name = "a_target_writes_only_what_it_was_allowed_to_and_a_guest_is_claimed_once";
+    if !is_root() {
+        skip(name, "needs root for namespaces");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let (here, there) = (scene.here(), scene.there());
+    let waiting = scene.waiting(|_| {})?;
+    let named = waiting.qmp().canonicalize()?.display().to_string();
+    let dir = certificates(&workplace, &there.address.to_string())?.display().to_string();
+    let listen = format!("{}:{PORT}", there.address);
+
+    // Each rule lets nothing through that it does not match, and the source is told which.
+    let rules = [
+        ("qmp=/nowhere/*", "may not choose the QMP socket"),
+        ("memory=/nowhere/**", "may not be written to"),
+        ("guest=somebody-else", "is not to be moved here"),
+        ("peer=somebody-else", "may not bring guests here"),
+    ];
+    let state = workplace.file("allow.state").display().to_string();
+    let fixed = ["target", "--listen", &listen, "--tls-dir", &dir, "--state-dir", &state];
+    for (attempt, (rule, word)) in rules.into_iter().enumerate() {
+        let qmp = format!("qmp={named}");
+        let also = if rule.starts_with("qmp=") { "peer=*" } else { &qmp };
+        let args = [&fixed[..], &["--allow", rule, "--allow", also]].concat();
+        let (refused, target) = named_attempt(&scene, attempt, &args, &named)?;
+        let summary = refused.summary();
+        assert_eq!(refused.code, REFUSED, "{rule}: {summary}");
+        assert!(summary["reason"].to_string().contains(word), "{rule}: {summary}");
+        assert!(summary["hint"].to_string().contains("--allow"), "{rule}: {summary}");
+        drop(target);
+    }
+    let qmp = format!("qmp={named}");
+    let args = [&fixed[..], &["--allow", &qmp, "--guest-max-mib", "64"]].concat();
+    let (refused, _) = named_attempt(&scene, 10, &args, &named)?;
+    let summary = refused.summary();
+    assert!(summary["hint"].to_string().contains("--guest-max-mib"), "{summary}");
+
+    // While one agent moves the guest, a second one is told so; so is a second session.
+    let args = [&fixed[..], &["--allow", &qmp, "--once", "--json", "--sessions-max", "1"]].concat();
+    let target = Agent::start(&workplace, Some(there), "allowed", &args)?;
+    target.wait_text("listening", SOON)?;
+    let first = Agent::source_held(
+        &workplace,
+        Some(here),
+        "first",
+        &scene.guest,
+        Some(there),
+        &["--target-qmp", &named],
+        "scanning:4000",
+    )?;
+    first.wait_error("held in scanning", SOON)?;
+    for (pid, of) in [(first.pid(), Role::Source), (target.pid(), Role::Target)] {
+        let kept = rights(pid, of)?;
+        assert!(kept.iter().all(|(_, bits)| bits & ATTACHING == 0), "{pid}: {kept:x?}");
+    }
+    // A second session, from who is believed: told at once.
+    let caller = Caller { tls_dir: Some(dir.into()), ..Caller::default() };
+    let (to_heard, heard) = channel();
+    let busy = here.namespace.run(|| Link::connect(&listen, &caller, SOON))??;
+    busy.read_with(move |message| to_heard.send(message).unwrap_or(()));
+    busy.send(&Message::Hello(Hello {
+        session: SessionId(7),
+        software: "a test".into(),
+        host: "here".into(),
+        boot_id: String::new(),
+        rejoins: false,
+    }))?;
+    let Message::Abort(abort) = heard.recv_timeout(SOON)?? else { return Err("no abort".into()) };
+    assert!(abort.text.contains("taking in another guest"), "{abort:?}");
+    // A second agent for the same guest: its monitor and its memory are the first one's.
+    let second = Agent::source(&workplace, Some(here), "second", &scene.guest, Some(there), &[])?;
+    let second = second.wait(SOON)?;
+    assert_eq!(second.code, REFUSED, "{}", second.summary());
+    println!("second agent: {}", second.summary()["reason"]);
+    let (first, target) = (first.wait(SOON)?, target.wait(SOON)?);
+    assert_eq!((first.code, target.code), (DONE, DONE), "{} {}", first.stderr, target.stderr);
+    (scene.guest, scene.away) = (waiting, true);
+    scene.assert_goes_on()?;
+    Ok(())
+}
+
+/// CAP_DAC_OVERRIDE, CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_CHECKPOINT_RESTORE.
+const ATTACHING: u64 = 1 << 1 | 1 << 12 | 1 << 19 | 1 << 21 | 1 << 40;
+
+/// What each thread of an agent that hears a peer may do, or may come to do.
+fn rights(pid: u32, role: Role) -> Result<Vec<(String, u64)>, Box<dyn std::error::Error>> {
+    let mut rights = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = thread?;
+        // It starts sessions, which need them, and hears none.
+        if role == Role::Target && thread.file_name().to_str() == Some(&pid.to_string()) {
+            continue;
+        }
+        // One that has just greeted a lane may be gone.
+        let Ok(status) = std::fs::read_to_string(thread.path().join("status")) else { continue };
+        let field = |name: &str| {
+            status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim()
+        };
+        let name = field("Name:").to_owned();
+        // They hear signals and new connections, and nothing that is said on those.
+        if ["ctrl-c", "pf-accept"].contains(&name.as_str()) {
+            continue;
+        }
+        rights.push((name, u64::from_str_radix(field("CapPrm:"), 16)?));
+    }
+    assert!(!rights.is_empty(), "an agent has threads");
+    Ok(rights)
+}
+
+/// A source that names the QEMU, and a target with these arguments that does not let it.
+fn named_attempt(
+    scene: &Scene,
+    attempt: usize,
+    args: &[&str],
+    named: &str,
+) -> Result<(Ended, Ended), Box<dyn std::error::Error>> {
+    let (here, there) = (scene.here(), scene.there());
+    let workplace = &scene.workplace;
+    let target = Agent::start(workplace, Some(there), &format!("allow-{attempt}"), args)?;
+    target.wait_text("listening", SOON)?;
+    let more = ["--target-qmp", named];
+    let name = format!("naming-{attempt}");
+    let source = Agent::source(workplace, Some(here), &name, &scene.guest, Some(there), &more)?;
+    let source = source.wait(SOON)?;
+    target.signal(Signal::SIGINT);
+    Ok((source, target.wait(SOON)?))
+}
+
+/// What the systemd unit leaves of a target's rights is enough to take in a guest.
+#[test]
+fn a_target_with_the_unit_s_capabilities_takes_in_a_guest() -> Outcome {
+    let name = "a_target_with_the_unit_s_capabilities_takes_in_a_guest";
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/pageferry-target.service");
+    let unit = std::fs::read_to_string(unit)?;
+    let bounds = unit.lines().filter_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let bounds: Vec<String> = bounds
+        .flat_map(str::split_ascii_whitespace)
+        .map(|cap| format!("+{}", cap.trim_start_matches("CAP_").to_lowercase()))
+        .collect();
+    assert!(!bounds.is_empty(), "the unit bounds them");
+    if !is_root() || Command::new("setpriv").arg("--version").output().is_err() {
+        skip(name, "needs root for namespaces, and setpriv");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let waiting = scene.waiting(|_| {})?;
+    let (here, there) = (scene.here(), scene.there());
+    let dir = certificates(&workplace, &there.address.to_string())?;
+    let mut target = there.namespace.command("setpriv");
+    target.arg("--no-new-privs").arg(format!("--bounding-set=-all,{}", bounds.join(",")));
+    target.arg(program()?).args(["target", "--once", "--listen"]);
+    target.arg(format!("{}:{PORT}", there.address)).arg("--tls-dir").arg(dir);
+    target.arg("--qmp").arg(waiting.qmp()).arg("--state-dir").arg(workplace.file("unit.state"));
+    let out = workplace.file("unit.out");
+    let mut target = target.stdout(std::fs::File::create(&out)?).spawn()?;
+    while !std::fs::read_to_string(&out)?.contains("listening") {
+        assert_eq!(target.try_wait()?, None, "the target ended");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let source = Agent::source(&workplace, Some(here), "source", &scene.guest, Some(there), &[])?;
+    let source = source.wait(SOON)?;
+    let code = target.wait()?.code();
+    assert_eq!((source.code, code), (DONE, Some(DONE)), "{} {}", source.summary(), source.stderr);
+    (scene.guest, scene.away) = (waiting, true);
+    scene.assert_goes_on()?;
+    Ok(())
+}
+
+#[test]
+fn the_unit_is_sound() -> Outcome {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/pageferry-target.service");
+    if Command::new("systemd-analyze").arg("--version").output().is_err() {
+        skip("the_unit_is_sound", "there is no systemd-analyze");
+        return Ok(());
+    }
+    let place = tempfile::tempdir()?;
+    let copy = place.path().join("pageferry-target.service");
+    // It looks for the program, which is installed where the unit says.
+    let text = std::fs::read_to_string(unit)?;
+    std::fs::write(&copy, text.replace("/usr/bin/pageferry", &program()?.display().to_string()))?;
+    let output =
+        Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&copy).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert!(!said.contains("pageferry-target"), "{said}");
+    Ok(())
+}
+
 /// Somebody on the network between the two hosts, who repeats what lanes say in the clear.
 #[test]
 fn a_ticket_seen_on_the_wire_opens_nothing() -> Outcome {
@@ -173,7 +376,7 @@ fn a_ticket_seen_on_the_wire_opens_nothing() -> Outcome {
     let (here, there) = (scene.here(), scene.there());
     let target = Agent::target(&workplace, Some(there), "target", &waiting, &[])?;
     let (answers, middle) = {
-        let (to_answers, answers) = std::sync::mpsc::channel();
+        let (to_answers, answers) = channel();
         let (at, on) = ((here.address, 5777), (there.address, PORT));
         let listening = here.namespace.run(move || in_between(at.into(), on.into(), to_answers))?;
         (answers, listening?)

@@ -4,6 +4,7 @@
 
 use std::thread::{self, JoinHandle};
 
+use caps::{CapSet, Capability, CapsHashSet};
 use pageferry_datapath::ids::LaneId;
 use pageferry_datapath::lane::{LaneError, LaneStats};
 
@@ -45,6 +46,7 @@ impl Worker {
         let thread = thread::Builder::new()
             .name(format!("{end}-lane-{lane}"))
             .spawn(move || {
+                drop_rights();
                 let cpu = placement::pin(cpu);
                 let opened = match sealed {
                     true => Ok(Wire::plain("TLS in this process works on plain sockets")),
@@ -77,5 +79,19 @@ impl Worker {
     /// Waits for its end where a panic must not go on.
     pub(crate) fn join_quietly(self) -> Option<LaneStats> {
         self.0.join().ok().flatten()
+    }
+}
+
+/// A worker reads what the peer sends: of this process's rights it keeps the one to come back from
+/// giving way to the guest.
+fn drop_rights() {
+    let kept = [Capability::CAP_SYS_NICE].into_iter().collect();
+    for set in [CapSet::Ambient, CapSet::Effective, CapSet::Inheritable, CapSet::Permitted] {
+        let dropped = caps::read(None, set).and_then(|now| {
+            caps::set(None, set, &now.intersection(&kept).copied().collect::<CapsHashSet>())
+        });
+        if let Err(error) = dropped {
+            tracing::warn!(%error, "a lane's worker keeps its capabilities");
+        }
     }
 }

@@ -1,14 +1,15 @@
 //! Accepts connections and finds out what they are, without letting a slow one hold up the rest.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use pageferry_datapath::control::Message;
 use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, Hello, Refusal, Reply};
+use pageferry_datapath::limits::LANES_MAX;
 use pageferry_uring::limits::GREETING_WAIT_MAX;
 use pageferry_uring::target::Accepted;
 use pageferry_uring::{greet, handshake};
@@ -17,9 +18,13 @@ use rustls::Connection;
 use super::failure;
 use super::link::Link;
 use super::tls::{Channel, Door, Greeted, TlsError};
+use crate::privileges;
 
 /// Connections being greeted at once; more are dropped, so that strangers can't use up threads.
 const GREETINGS_MAX: usize = 512;
+/// Of one peer: more than all lanes of a session ([`LANES_MAX`]), and less than all there are, so
+/// that no peer keeps out the others.
+const GREETINGS_PER_PEER_MAX: usize = LANES_MAX + 64;
 
 /// A connection that has said what it is.
 #[derive(Debug)]
@@ -132,25 +137,54 @@ impl Acceptor {
 }
 
 fn accept_all(listener: &TcpListener, door: &Door, arrivals: &Sender<Arrival>) {
-    let greetings = Arc::new(AtomicUsize::new(0));
+    let greetings = Arc::new(Greetings::default());
     loop {
         let Ok((stream, from)) = listener.accept() else {
             // Out of descriptors, or a connection that was gone again: the next may be fine.
             thread::sleep(std::time::Duration::from_millis(10));
             continue;
         };
-        if greetings.load(Ordering::Relaxed) >= GREETINGS_MAX {
-            continue;
-        }
-        greetings.fetch_add(1, Ordering::Relaxed);
-        let (to_arrivals, counted) = (arrivals.clone(), Arc::clone(&greetings));
-        let door = door.clone();
-        let greeting = thread::Builder::new().name("pf-greet".into()).spawn(move || {
+        let Some(counted) = Greetings::begin(&greetings, from.ip()) else { continue };
+        let (to_arrivals, door) = (arrivals.clone(), door.clone());
+        // Where no thread can be started, the connection and its count are dropped with it.
+        let _more_may_come = thread::Builder::new().name("pf-greet".into()).spawn(move || {
+            privileges::drop_on_this_thread(&[]);
             let _nobody_listens_after_the_end = to_arrivals.send(greet(stream, from, &door));
-            counted.fetch_sub(1, Ordering::Relaxed);
+            drop(counted);
         });
-        if greeting.is_err() {
-            greetings.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// How many connections are being greeted, in all and of each peer.
+#[derive(Debug, Default)]
+struct Greetings(Mutex<HashMap<IpAddr, usize>>);
+
+/// One that is being greeted.
+struct Counted {
+    of: Arc<Greetings>,
+    peer: IpAddr,
+}
+
+impl Greetings {
+    /// Counts one more, unless there are enough.
+    fn begin(of: &Arc<Self>, peer: IpAddr) -> Option<Counted> {
+        let mut counts = of.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: usize = counts.values().sum();
+        let peers = counts.get(&peer).copied().unwrap_or(0);
+        if all >= GREETINGS_MAX || peers >= GREETINGS_PER_PEER_MAX {
+            return None;
+        }
+        counts.insert(peer, peers + 1);
+        Some(Counted { of: Arc::clone(of), peer })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut counts = self.of.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match counts.get_mut(&self.peer) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(counts.remove(&self.peer)),
         }
     }
 }
@@ -209,4 +243,23 @@ fn listen_to(channel: Channel, from: SocketAddr) -> Arrival {
 fn with_hint(error: &TlsError) -> String {
     let text = failure::chain("", error);
     error.hint().map_or(text.clone(), |hint| format!("{text}\nhint: {hint}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_peer_does_not_keep_out_the_others() {
+        let greetings = Arc::new(Greetings::default());
+        let (one, other): (IpAddr, IpAddr) = ([10, 0, 0, 1].into(), [10, 0, 0, 2].into());
+        let begin = |peer| Greetings::begin(&greetings, peer);
+        let mut held: Vec<_> = std::iter::from_fn(|| begin(one)).take(GREETINGS_MAX).collect();
+        assert_eq!(held.len(), GREETINGS_PER_PEER_MAX);
+        held.extend(std::iter::from_fn(|| begin(other)).take(GREETINGS_MAX));
+        assert_eq!(held.len(), GREETINGS_MAX);
+        drop(held);
+        assert!(greetings.0.lock().expect("not poisoned").is_empty());
+        assert!(begin(one).is_some());
+    }
 }

@@ -28,7 +28,7 @@ use pageferry_datapath::ids::SessionId;
 
 use super::link::{Link, LinkError};
 use super::tls::Security;
-use crate::limits;
+use crate::{limits, privileges};
 
 /// What happens on a control connection.
 #[derive(Debug)]
@@ -562,6 +562,10 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
+    let body = move || {
+        privileges::drop_on_this_thread(&[]);
+        body();
+    };
     thread::Builder::new().name(name.into()).spawn(body).expect("the process can start threads");
 }
 

@@ -13,6 +13,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use pageferry_datapath::control::{Decoder, FrameError, Message, encode};
 use pageferry_datapath::ids::SessionId;
 
+use crate::privileges;
+
 use super::tls::{Caller, Channel, Security, TlsError};
 
 /// A peer whose host is gone is noticed after this long, also when nothing is being said.
@@ -182,6 +184,7 @@ impl Link {
         thread::Builder::new()
             .name("pf-control".into())
             .spawn(move || {
+                privileges::drop_on_this_thread(&[]);
                 let mut decoder = decoder.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 let ended = read_all(&channel, &mut decoder, |message| on_message(Ok(message)));
                 on_message(Err(ended));

@@ -14,6 +14,7 @@
 //! the control reader are threads that only ever send inputs. No decision is made here.
 
 pub mod acceptor;
+pub mod allow;
 pub mod control;
 mod digest_job;
 pub mod failure;

@@ -148,6 +148,7 @@ fn caller(security: &RecordedSecurity) -> Caller {
         tls_dir: security.tls_dir.clone(),
         hostname: security.hostname.clone(),
         insecure: security.insecure,
+        ..Caller::default()
     }
 }
 

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Instant;
 
+use caps::Capability;
 use pageferry_datapath::control::Word;
 use pageferry_datapath::recover::Peer;
 use pageferry_datapath::source::Failure;
@@ -24,6 +25,7 @@ use crate::agent::failure;
 use crate::agent::record::{Decision, Records};
 use crate::agent::recovery;
 use crate::limits::{RECOVER_TELL_MAX, STATE_TIMEOUT};
+use crate::privileges;
 use crate::qmp::Qmp;
 use crate::report::exit::Exit;
 
@@ -97,6 +99,7 @@ impl Drop for Guard {
 
 /// The guard's process.
 pub fn run() -> Exit {
+    privileges::drop_on_this_thread(&[Capability::CAP_DAC_OVERRIDE]);
     let mut lines = stdin().lock().lines().map_while(Result::ok);
     let Some(charge) = lines.next().and_then(|line| serde_json::from_str(&line).ok()) else {
         return Exit::Refused;

@@ -17,6 +17,7 @@ use pageferry_datapath::tracker::{DirtyTracker, ScanPhases, TrackerKind, UffdTra
 
 use super::capabilities::Settings;
 use super::checks::{self, QemuFacts, Side};
+use super::claim::Claim;
 use super::device_state::{DeviceStateError, Outgoing, PausedBy};
 use super::guard::Guard;
 use super::runstate;
@@ -41,6 +42,7 @@ pub struct QemuSource {
     /// We paused it, and it has to go on if the attempt fails.
     paused: bool,
     guard: Option<Guard>,
+    claim: Option<Claim>,
 }
 
 impl QemuSource {
@@ -66,6 +68,7 @@ impl QemuSource {
             stream: None,
             paused: false,
             guard: None,
+            claim: None,
         })
     }
 }
@@ -85,7 +88,9 @@ impl SourceMonitor for QemuSource {
     }
 
     fn map_memory(&mut self) -> Result<GuestMemory, Failure> {
-        map_memory(&self.qemu)
+        let memory = map_memory(&self.qemu)?;
+        self.claim = Some(Claim::on(&memory)?);
+        Ok(memory)
     }
 
     fn attach(&mut self, memory: &GuestMemory) -> Result<Attached, Failure> {

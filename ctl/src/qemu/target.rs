@@ -10,6 +10,7 @@ use pageferry_datapath::source::Failure;
 
 use super::capabilities::Settings;
 use super::checks::{self, CheckError, QemuFacts, Side};
+use super::claim::Claim;
 use super::device_state::{Incoming, PausedBy};
 use super::runstate;
 use super::source::{check_failure, connect, map_memory};
@@ -28,6 +29,7 @@ pub struct QemuTarget {
     incoming: Option<Incoming>,
     stream: Option<Arc<QemuStream>>,
     announced: Option<Posted>,
+    claim: Option<Claim>,
 }
 
 impl QemuTarget {
@@ -35,7 +37,19 @@ impl QemuTarget {
     pub fn open(path: &Path) -> Result<Self, Failure> {
         let qmp = connect(path)?;
         let qemu = checks::target(&qmp).map_err(|error| check_failure(&error))?;
-        Ok(Self { qmp, qemu, settings: None, incoming: None, stream: None, announced: None })
+        let (settings, incoming, stream) = (None, None, None);
+        Ok(Self { qmp, qemu, settings, incoming, stream, announced: None, claim: None })
+    }
+
+    /// QEMU's `-name`.
+    pub fn name(&self) -> Option<String> {
+        let answer = self.qmp.execute("query-name", serde_json::json!({})).ok()?;
+        Some(answer["name"].as_str()?.to_owned())
+    }
+
+    /// The files of its guest memory, as it has them mapped.
+    pub fn files(&self) -> Vec<String> {
+        self.qemu.places.iter().map(|place| place.file().to_owned()).collect()
     }
 }
 
@@ -59,7 +73,10 @@ impl TargetMonitor for QemuTarget {
             self.qemu.memory.ram.drain(..).zip(self.qemu.places.drain(..)).collect();
         blocks.sort_by_key(|(ram, _)| order(&ram.name));
         (self.qemu.memory.ram, self.qemu.places) = blocks.into_iter().unzip();
-        map_memory(&self.qemu)
+        let memory = map_memory(&self.qemu)?;
+        // Before a byte of it is written.
+        self.claim = Some(Claim::on(&memory)?);
+        Ok(memory)
     }
 
     fn prepare_incoming(&mut self) -> Result<Arc<dyn StateStream>, Failure> {

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use caps::Capability;
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
 use pageferry_datapath::control::{
     AbortReason, Choice, Hello, LaneOffer, Message, NewLanes, Offer, SourceLimits,
@@ -24,7 +25,7 @@ use super::mover::{self, Mover, Way};
 use super::state_relay::StateRelay;
 use super::tracking::Tracking;
 use super::{SourceOptions, SourceResult, Watch, lost};
-use crate::host;
+use crate::{host, privileges};
 
 /// How often a watcher is told how far things are.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
@@ -64,6 +65,8 @@ pub(super) struct Agent<'a> {
     state: Arc<OnceLock<Arc<dyn StateStream>>>,
     relay: Option<StateRelay>,
     state_bytes: u64,
+    /// Rights that are needed to the end.
+    keeps: &'static [Capability],
 }
 
 impl<'a> Agent<'a> {
@@ -121,6 +124,10 @@ impl<'a> Agent<'a> {
             state,
             relay: None,
             state_bytes: 0,
+            keeps: match options.writes_a_file {
+                true => &[Capability::CAP_DAC_OVERRIDE],
+                false => privileges::to_write_in(&options.state_dir),
+            },
         })
     }
 
@@ -355,6 +362,8 @@ impl<'a> Agent<'a> {
 
     fn attach(&mut self) -> Result<Input, Failure> {
         let populated = self.tracking.arm(self.monitor)?;
+        // What comes now is scanning by descriptors that are open, and talking.
+        privileges::drop_on_this_thread(self.keeps);
         let recording = self.records.as_ref().map_or(Duration::ZERO, Records::write_cost);
         Ok(Input::Attached { populated, fixed: self.monitor.fixed_cost() + recording })
     }

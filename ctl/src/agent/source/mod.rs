@@ -51,6 +51,8 @@ pub struct SourceOptions {
     pub reconnect: Duration,
     /// The same while the guest is paused.
     pub blackout: Duration,
+    /// A file will be written at the end, perhaps in another user's folder.
+    pub writes_a_file: bool,
 }
 
 /// How far a migration is; told to the watcher at every change and every 100 ms.

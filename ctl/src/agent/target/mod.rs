@@ -18,6 +18,7 @@ use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::Outcome;
 
 pub use self::server::serve;
+use super::allow::Allowed;
 use super::failure;
 use super::lanes::LaneChoice;
 use super::link::LinkError;
@@ -41,6 +42,10 @@ pub struct TargetOptions {
     pub reconnect: Duration,
     /// Migrations at the same time.
     pub sessions_max: usize,
+    /// What it may be used for, and by whom.
+    pub allowed: Allowed,
+    /// The longest that one session may take until its guest is loaded.
+    pub session_max: Duration,
 }
 
 /// How one session ended here.

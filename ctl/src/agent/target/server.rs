@@ -59,7 +59,7 @@ pub fn serve(
                     if done(result).is_break() {
                         break;
                     }
-                    server.start_waiting();
+                    server.start_waiting(tell);
                 }
                 recv(after(limits::SUPERSEDING_LOOKS_EVERY)) -> _ => server.refuse_waiting(),
                 recv(cancel) -> _ => break,
@@ -97,7 +97,7 @@ impl Server<'_, '_> {
                 None => lane.refuse(Refusal::Ticket),
             },
             Arrival::Control { link, first } => match *first {
-                Message::Hello(hello) => self.begin(link, hello),
+                Message::Hello(hello) => self.begin(link, hello, tell),
                 Message::Rejoin(rejoin) => {
                     let known = self.sessions.get(&rejoin.session);
                     let control = known.map(|session| session.control.clone());
@@ -146,7 +146,11 @@ impl Server<'_, '_> {
 
     /// Starts a session, if there is room. One that is cut off and has loaded nothing makes room:
     /// its source may have been started again.
-    fn begin(&mut self, link: Link, hello: Hello) {
+    fn begin(&mut self, link: Link, hello: Hello, tell: &mut dyn FnMut(&str)) {
+        if let Err(failure) = self.options.allowed.peer(link.security()) {
+            tell(&failure.text);
+            return refuse(&link, &failure.text, failure.hint.as_deref());
+        }
         if self.sessions.contains_key(&hello.session) || self.waiting.is_some() {
             return busy(&link);
         }
@@ -177,9 +181,9 @@ impl Server<'_, '_> {
         });
     }
 
-    fn start_waiting(&mut self) {
+    fn start_waiting(&mut self, tell: &mut dyn FnMut(&str)) {
         if let Some((link, hello, _)) = self.waiting.take() {
-            self.begin(link, hello);
+            self.begin(link, hello, tell);
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, after, never, select, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::clear;
-use pageferry_datapath::control::{Choice, Hello, LanesLost, Message, Offer, Welcome};
+use pageferry_datapath::control::{AbortReason, Choice, Hello, LanesLost, Message, Offer, Welcome};
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::limits;
 use pageferry_datapath::populate::Populate;
@@ -28,7 +28,7 @@ use super::super::record::{Decision, Record, Records, Role};
 use super::super::tickets::Tickets;
 use super::intake::Intake;
 use super::{OpenMonitor, TargetOptions, TargetResult, lost};
-use crate::host;
+use crate::{host, privileges};
 
 /// How long the source may take to close the control connection after it was told the end.
 const GOODBYE_WAIT: Duration = Duration::from_secs(5);
@@ -231,6 +231,9 @@ impl<'a> Session<'a> {
         {
             return Input::Failed(failure);
         }
+        if self.now() > self.options.session_max && !self.loaded.load(Ordering::Relaxed) {
+            return Input::Failed(too_long(self.options.session_max));
+        }
         match self.monitor.as_ref().is_none_or(|monitor| monitor.is_alive()) {
             true => Input::Tick,
             false => Input::Failed(failure::monitor_gone("target")),
@@ -287,6 +290,8 @@ impl<'a> Session<'a> {
         self.memory = monitor.inspect(offer)?;
         self.records = Some(self.begin_record(offer, monitor.pid())?);
         self.monitor = Some(monitor);
+        // What it took to look into QEMU is not needed to take its guest in.
+        privileges::drop_on_this_thread(privileges::to_write_in(&self.options.state_dir));
         let at = self.control.local().map(|address| address.ip());
         let secret = self
             .control
@@ -438,5 +443,14 @@ impl<'a> Session<'a> {
         self.intake.fence();
         self.stop_populating();
         TargetResult { session: self.session, outcome, total }
+    }
+}
+
+fn too_long(max: Duration) -> Failure {
+    Failure {
+        reason: AbortReason::Timeout,
+        by_peer: false,
+        text: format!("the session took longer than {} s", max.as_secs()),
+        hint: Some("the target's --session-max-s says how long one may take".into()),
     }
 }

@@ -2,13 +2,13 @@
 
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use pageferry_uring::handshake::{self, HandshakeError};
 use pageferry_uring::plan::LaneTls;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConnection, Connection};
+use rustls::{ClientConfig, ClientConnection, Connection};
 
 use super::{ADMITTED, Channel, Security, TlsError};
 use crate::pki::credentials;
@@ -27,6 +27,9 @@ pub struct Caller {
     pub hostname: Option<String>,
     /// No TLS at all.
     pub insecure: bool,
+    /// What was read of the certificates: after a cut they may not be readable any more, when the
+    /// rights that it took have been dropped.
+    pub loaded: Arc<OnceLock<Arc<ClientConfig>>>,
 }
 
 impl Caller {
@@ -45,11 +48,16 @@ impl Caller {
         if loopback && self.tls_dir.is_none() {
             return Ok(Channel::plain(stream, Security::Loopback));
         }
-        let config = credentials::client(&self.dir(address)?)?;
-        let tls =
-            ClientConnection::new(Arc::new(config), self.name(address)?).map_err(|source| {
-                TlsError::Handshake { peer: "target", error: HandshakeError::Tls { source } }
-            })?;
+        let config = match self.loaded.get() {
+            Some(config) => Arc::clone(config),
+            None => {
+                let config = Arc::new(credentials::client(&self.dir(address)?)?);
+                Arc::clone(self.loaded.get_or_init(|| config))
+            }
+        };
+        let tls = ClientConnection::new(config, self.name(address)?).map_err(|source| {
+            TlsError::Handshake { peer: "target", error: HandshakeError::Tls { source } }
+        })?;
         let mut tls = Connection::from(tls);
         let failed = |error| TlsError::Handshake { peer: "target", error };
         handshake::complete(&stream, &mut tls, deadline).map_err(failed)?;

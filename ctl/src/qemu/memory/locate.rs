@@ -137,6 +137,11 @@ fn seen_by(pid: i32, path: &Path) -> PathBuf {
 }
 
 impl Place {
+    /// The file as QEMU has it mapped: `/dev/hugepages/vm1`, `/memfd:memory-backend-memfd (deleted)`.
+    pub fn file(&self) -> &str {
+        &self.first.name
+    }
+
     /// Opens the file behind it, for reading and writing: through QEMU's mapping, by one of QEMU's
     /// descriptors, or by its name. Each way needs other privileges; whatever is opened is compared
     /// with what QEMU has mapped.
