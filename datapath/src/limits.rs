@@ -64,6 +64,10 @@ pub const CODE_SEARCH_BYTES: u64 = 1 << 20;
 /// A control header: an offer of [`REGIONS_MAX`] regions with long names is about 200 KiB.
 pub const CONTROL_HEADER_BYTES_MAX: u64 = 1 << 20;
 
+/// The header of a connection's first control frame, which has no body: a name, a version and an id
+/// are some hundred bytes.
+pub const CONTROL_INTRODUCTION_BYTES_MAX: u64 = 16 << 10;
+
 /// A control body: the raw bitmap of 2 TiB of guest memory in 4 KiB pages.
 pub const CONTROL_BODY_BYTES_MAX: u64 = 64 << 20;
 

@@ -6,13 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use pageferry_datapath::control::Message;
+use pageferry_datapath::framing::FramingError;
 use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, Hello, Refusal, Reply};
 use pageferry_datapath::limits::LANES_MAX;
+use pageferry_uring::greet::{self, GreetError};
+use pageferry_uring::handshake;
 use pageferry_uring::limits::GREETING_WAIT_MAX;
 use pageferry_uring::target::Accepted;
-use pageferry_uring::{greet, handshake};
 use rustls::Connection;
 
 use super::failure;
@@ -25,6 +27,10 @@ const GREETINGS_MAX: usize = 512;
 /// Of one peer: more than all lanes of a session ([`LANES_MAX`]), and less than all there are, so
 /// that no peer keeps out the others.
 const GREETINGS_PER_PEER_MAX: usize = LANES_MAX + 64;
+
+/// Connections that were greeted and not yet taken; more wait in their greeting's place. All lanes of
+/// a large session come at once, and are taken in no time.
+const GREETED_MAX: usize = 64;
 
 /// A connection that has said what it is.
 #[derive(Debug)]
@@ -112,7 +118,7 @@ impl Acceptor {
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
         let door = door(address)?;
-        let (to_arrivals, arrivals) = unbounded();
+        let (to_arrivals, arrivals) = bounded(GREETED_MAX);
         let theirs = door.clone();
         thread::Builder::new()
             .name("pf-accept".into())
@@ -214,7 +220,14 @@ fn greet(stream: TcpStream, from: SocketAddr, door: &Door) -> Arrival {
     };
     match hello {
         Ok(hello) => Arrival::Lane(ArrivingLane { stream, hello, tls: None }),
-        Err(error) => stranger(failure::chain("", &error)),
+        Err(error) => {
+            // A source of another version is told so, whatever the rest of its hello means.
+            if let GreetError::Malformed { source: FramingError::Version { .. } } = error {
+                let refused = Reply::Refused(Refusal::Version);
+                let _it_may_be_gone = greet::send_reply(&stream, refused, deadline);
+            }
+            stranger(failure::chain("", &error))
+        }
     }
 }
 
@@ -233,9 +246,12 @@ fn encrypted_lane(
 
 /// The first that a control connection says.
 fn listen_to(channel: Channel, from: SocketAddr) -> Arrival {
-    let first = Link::over(channel).and_then(|link| {
-        let first = Box::new(link.receive(GREETING_WAIT_MAX)?);
-        Ok(Arrival::Control { link, first })
+    let first = Link::over(channel).and_then(|link| match link.receive(GREETING_WAIT_MAX) {
+        Ok(first) => Ok(Arrival::Control { link, first: Box::new(first) }),
+        Err(error) => {
+            link.turn_away(&error);
+            Err(error)
+        }
     });
     first.unwrap_or_else(|error| Arrival::Stranger { from, reason: failure::chain("", &error) })
 }

@@ -299,10 +299,15 @@ impl Control {
     }
 
     fn read(&self, generation: u64, link: &Link) {
-        let control = self.clone();
+        let (control, ours) = (self.clone(), link.clone());
         link.read_with(move |message| match message {
             Ok(message) => control.deliver(generation, message),
-            Err(error) => control.cut(generation, error),
+            Err(error) => {
+                if let LinkError::Misbehaved(_) = error {
+                    ours.turn_away(&error);
+                }
+                control.cut(generation, error);
+            }
         });
     }
 

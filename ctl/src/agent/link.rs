@@ -10,12 +10,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
-use pageferry_datapath::control::{Decoder, FrameError, Message, encode};
+use pageferry_datapath::control::{Abort, AbortReason, Decoder, FrameError, Message, encode};
 use pageferry_datapath::ids::SessionId;
 
-use crate::privileges;
-
+use super::failure;
 use super::tls::{Caller, Channel, Security, TlsError};
+use crate::privileges;
 
 /// A peer whose host is gone is noticed after this long, also when nothing is being said.
 const DEAD_AFTER: Duration = Duration::from_secs(20);
@@ -133,7 +133,10 @@ impl Link {
             Ok(())
         };
         set().map_err(LinkError::Broken)?;
-        Ok(Self { channel: Arc::new(channel), decoder: Arc::default() })
+        Ok(Self {
+            channel: Arc::new(channel),
+            decoder: Arc::new(Mutex::new(Decoder::of_stranger())),
+        })
     }
 
     /// Sends one message; returns when the kernel has all of it.
@@ -200,6 +203,20 @@ impl Link {
     /// Tells the peer that nothing more will be sent.
     pub fn finish(&self) {
         self.channel.finish();
+    }
+
+    /// Tells a peer that broke the protocol, or never said who it is, what it did. Nothing more is sent
+    /// after that.
+    pub fn turn_away(&self, error: &LinkError) {
+        let reason = match error {
+            LinkError::Misbehaved(_) => AbortReason::PeerMisbehaved,
+            _ => AbortReason::Timeout,
+        };
+        let text = failure::chain("", error);
+        // Whoever it was may be gone again.
+        let _nothing_to_do_about_it =
+            self.send(&Message::Abort(Abort { reason, text, hint: None }));
+        self.finish();
     }
 
     /// How it is secured, and who the peer is.

@@ -133,12 +133,20 @@ pub fn encode(message: &Message) -> Vec<u8> {
 pub struct Decoder {
     buffer: Vec<u8>,
     taken: usize,
+    /// The next frame is a stranger's first.
+    introduction: bool,
 }
 
 impl Decoder {
     /// An empty decoder.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty decoder for a new connection. Whoever is at its other end introduces himself first,
+    /// which is short: until then no more is held for him than that takes.
+    pub fn of_stranger() -> Self {
+        Self { introduction: true, ..Self::default() }
     }
 
     /// Adds bytes as they came from the connection.
@@ -161,8 +169,12 @@ impl Decoder {
         loop {
             let bytes = &self.buffer[self.taken..];
             let Some(prefix) = Prefix::parse(bytes)? else { return Ok(None) };
+            if self.introduction {
+                prefix.check_introduction()?;
+            }
             let Some(frame) = bytes.get(..prefix.frame_bytes()) else { return Ok(None) };
             self.taken += frame.len();
+            self.introduction = false;
             let (header, body) = frame[PREFIX_BYTES..].split_at(prefix.header_bytes);
             match MessageKind::from_number(prefix.kind) {
                 Some(kind) => return parse(kind, header, body).map(Some),
@@ -216,6 +228,18 @@ impl Prefix {
             header_bytes: header_bytes as usize,
             body_bytes: body_bytes as usize,
         }))
+    }
+
+    fn check_introduction(&self) -> Result<(), FrameError> {
+        let header_max = limits::CONTROL_INTRODUCTION_BYTES_MAX;
+        for (part, bytes, bytes_max) in
+            [("header", self.header_bytes as u64, header_max), ("body", self.body_bytes as u64, 0)]
+        {
+            if bytes > bytes_max {
+                return Err(FrameError::TooLarge { part, bytes, bytes_max });
+            }
+        }
+        Ok(())
     }
 
     fn frame_bytes(&self) -> usize {

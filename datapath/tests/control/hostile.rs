@@ -1,7 +1,9 @@
 //! What no bytes may do: make the decoder panic, or have it hold more than has come.
 
 use pageferry_datapath::bitmap::DirtySet;
-use pageferry_datapath::control::{FrameError, MAGIC, Message, MessageKind, VERSION, encode};
+use pageferry_datapath::control::{
+    Decoder, FrameError, MAGIC, Message, MessageKind, VERSION, encode,
+};
 use pageferry_datapath::digest::MemoryDigest;
 use pageferry_datapath::limits;
 use proptest::collection::vec;
@@ -162,6 +164,32 @@ fn a_body_where_none_belongs_and_one_missing_where_one_does_are_refused() {
     let large = vec![0; limits::STATE_CHUNK_BYTES_MAX + 1];
     let (_, error) = decode_all(&frame(MessageKind::DeviceState as u8, b"{}", &large));
     assert!(matches!(error, Some(FrameError::Malformed { .. })), "{error:?}");
+}
+
+/// Before it is known who is there, no more is held for him than an introduction takes.
+#[test]
+fn a_strangers_first_frame_is_short() {
+    let first = |bytes: &[u8]| {
+        let mut decoder = Decoder::of_stranger();
+        decoder.push(bytes);
+        decoder.next_message()
+    };
+    for message in examples() {
+        let taken = matches!(first(&encode(&message)), Ok(Some(_)));
+        let has_body = !parts(&message).2.is_empty();
+        assert_eq!(taken, !has_body, "{:?}", message.kind());
+    }
+    let hello = MessageKind::Hello as u8;
+    let max = limits::CONTROL_INTRODUCTION_BYTES_MAX as u32;
+    for (header, body, taken) in [(max, 0, true), (max + 1, 0, false), (20, 1, false)] {
+        let announced = first(&prefix(hello, header, body));
+        assert_eq!(matches!(announced, Ok(None)), taken, "{header} {body}: {announced:?}");
+    }
+    let mut decoder = Decoder::of_stranger();
+    let [hello, .., round] = &examples()[..6] else { unreachable!("there are more") };
+    decoder.push(&[encode(hello), encode(round)].concat());
+    assert_eq!(decoder.next_message(), Ok(Some(hello.clone())));
+    assert_eq!(decoder.next_message(), Ok(Some(round.clone())), "what comes then may be long");
 }
 
 /// Sizes of an offer that would be multiplied, divided by, or allocated for.
