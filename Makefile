@@ -4,7 +4,7 @@
 ARGS ?=
 CARGO ?= cargo
 
-.PHONY: help setup build demo test check fmt clippy docs deny bench clean
+.PHONY: help setup build demo test check fmt clippy docs deny bench fuzz-short clean
 
 help:
 	@echo "make setup   install the system packages that are missing (Debian; sudo when not root)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test    run all tests"
 	@echo "make check   formatting, lints, documentation, dependencies, and all tests"
 	@echo "make test-rdma  test RDMA on soft-RoCE and soft-iWARP, in a VM without a NIC"
+	@echo "make fuzz-short  run every fuzz target for ten seconds (make test does so too)"
 	@echo "make bench   run the benchmarks: make bench ARGS=migrate-vs-qemu"
 
 setup:
@@ -50,6 +51,9 @@ deny: setup
 
 bench: build
 	$(CARGO) run --release -p pageferry-bench -- $(ARGS)
+
+fuzz-short: setup
+	$(CARGO) test -p pageferry-tests --test fuzz_short -- --nocapture
 
 clean:
 	$(CARGO) clean

@@ -17,6 +17,7 @@ mod connection;
 mod error;
 
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -84,7 +85,16 @@ impl Qmp {
     /// As [`Qmp::connect`], until `deadline`.
     pub fn connect_by(path: impl AsRef<Path>, deadline: Instant) -> Result<Self, QmpError> {
         let path = path.as_ref();
-        let mut connection = Connection::open(path, deadline)?;
+        Self::greet(Connection::open(path, deadline)?, path, deadline)
+    }
+
+    /// As [`Qmp::connect_by`], over a socket that is connected already; `path` is what errors call
+    /// it.
+    pub fn over(stream: UnixStream, path: &Path, deadline: Instant) -> Result<Self, QmpError> {
+        Self::greet(Connection::over(stream)?, path, deadline)
+    }
+
+    fn greet(mut connection: Connection, path: &Path, deadline: Instant) -> Result<Self, QmpError> {
         let greeting = match connection.read(deadline) {
             Ok(Message::Greeting(greeting)) => greeting,
             Ok(_) | Err(QmpError::Malformed { .. } | QmpError::LineTooLong { .. }) => {

@@ -65,4 +65,7 @@ mod sys;
 #[cfg(feature = "rdma")]
 pub mod target;
 
+#[cfg(feature = "rdma")]
+#[doc(hidden)]
+pub use message::fuzz_message;
 pub use probe::{RdmaProbe, WhyNone, probe, probe_host};

@@ -300,6 +300,30 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
+/// For the fuzzers: takes any bytes as everything that comes from the peer of a lane, as they are
+/// and with a checksum that is right.
+#[doc(hidden)]
+pub fn fuzz_message(bytes: &[u8]) {
+    let mut sealed = bytes.to_vec();
+    if let Some(header) = sealed.first_chunk_mut::<HEADER_BYTES>() {
+        header[CHECKSUM_AT..].fill(0);
+        let checksum = xxh3_64(&sealed) as u32;
+        sealed[CHECKSUM_AT..HEADER_BYTES].copy_from_slice(&checksum.to_le_bytes());
+    }
+    for bytes in [bytes, &sealed] {
+        if let Ok(message) = Message::decode(bytes) {
+            assert_eq!(message.encode(), bytes, "two forms of one message");
+        }
+    }
+    if let Ok(hello) = decode_request(bytes) {
+        assert_eq!(encode_request(&hello)[..], bytes[..REQUEST_BYTES], "two forms of one request");
+    }
+    if let Ok(accept) = LaneAccept::decode(bytes) {
+        assert_eq!(LaneAccept::decode(&accept.encode()), Ok(accept));
+    }
+    let _any_answer = refusal_in(bytes);
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -3,5 +3,6 @@
 #![forbid(unsafe_code)]
 
 pub mod agents;
+pub mod fuzz;
 pub mod scene;
 pub mod synthetic;

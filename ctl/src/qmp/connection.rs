@@ -71,8 +71,14 @@ impl Connection {
                 Err(errno) => return Err(failed(errno)),
             }
         }
+        Self::over(UnixStream::from(fd))
+    }
+
+    pub(super) fn over(stream: UnixStream) -> Result<Self, QmpError> {
+        let set = stream.set_nonblocking(true);
+        set.map_err(|source| QmpError::Host { call: "fcntl", source })?;
         Ok(Self {
-            stream: UnixStream::from(fd),
+            stream,
             pending: Vec::new(),
             searched: 0,
             events: VecDeque::new(),
@@ -372,7 +378,7 @@ fn parse(line: &[u8]) -> Result<Message, QmpError> {
         let part = |name: &str| object.get("timestamp").and_then(|at| at[name].as_u64());
         // QEMU writes -1 when it has no clock.
         let at = Duration::from_secs(part("seconds").unwrap_or(0))
-            + Duration::from_micros(part("microseconds").unwrap_or(0));
+            .saturating_add(Duration::from_micros(part("microseconds").unwrap_or(0)));
         let data = object.remove("data").unwrap_or(Value::Null);
         Ok(Message::Event(Event { name, data, at }))
     } else if let Some(greeting) = object.remove("QMP") {

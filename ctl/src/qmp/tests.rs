@@ -146,6 +146,18 @@ fn other_protocols_are_not_taken_for_qmp() {
     thread.join().expect("monitor");
 }
 
+/// Adding its parts up once panicked.
+#[test]
+fn an_event_at_the_end_of_time_is_an_event() {
+    let (_dir, path, thread) = monitor(|_, stream| {
+        let event = r#"{"event": "STOP", "timestamp": {"seconds": 18446744073709551615, "microseconds": 1000000}}"#;
+        writeln!(stream, "{event}").expect("event");
+    });
+    let qmp = Qmp::connect(&path).expect("connect");
+    assert_eq!(qmp.wait_event("STOP", soon()).expect("event").at, Duration::MAX);
+    thread.join().expect("monitor");
+}
+
 #[test]
 fn endless_line_is_bounded() {
     let (_dir, path, thread) = monitor(|lines, stream| {
