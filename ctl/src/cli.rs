@@ -9,8 +9,11 @@ use crate::agent::allow::Rule;
 use crate::agent::lanes::{Pin, Transport};
 use pageferry_datapath::ids::SessionId;
 
+use crate::agent::admin::Limit;
+use crate::agent::compress::Compress;
 use crate::agent::record::STATE_DIR;
 use crate::agent::recovery::WAIT_S;
+use crate::bandwidth::Bandwidth;
 use crate::limits;
 
 /// Live-migrates the memory of a running virtual machine to another host.
@@ -57,6 +60,8 @@ pub enum Command {
     Cancel(CancelArgs),
     /// Set up two hosts (network namespaces) with a guest each and move one live.
     Demo(DemoArgs),
+    /// Change what a running migration is held to.
+    Set(SetArgs),
     /// Make and look at the certificates that hosts show each other.
     Pki(PkiArgs),
     /// Looks after a guest whose source agent dies: started by the agent itself.
@@ -86,6 +91,21 @@ pub struct TlsArgs {
     /// and change the guest.
     #[arg(long)]
     pub insecure: bool,
+}
+
+/// Arguments of `set`.
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    /// The session, as `migrate` names it when it starts, or the first digits of it; of the only
+    /// one that is running, none are needed.
+    #[arg(default_value = "")]
+    pub session: String,
+    /// What all its lanes together may send from now on: bits a second, as 500M or 2.5G, or `none`.
+    #[arg(long, value_name = "RATE")]
+    pub max_bandwidth: Limit,
+    /// Where the agent has its socket. Default: /run/pageferry (root), or $XDG_RUNTIME_DIR/pageferry.
+    #[arg(long, value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
 }
 
 /// Arguments of `target`.
@@ -212,9 +232,30 @@ pub struct MigrateArgs {
     /// the hand-over was decided.
     #[arg(long, value_name = "MS", default_value_t = limits::BLACKOUT_TIMEOUT_MS)]
     pub blackout_timeout_ms: u64,
+    /// Share --max-bandwidth with every other migration of this host that names the same group, by
+    /// weight. Whoever joins without --max-bandwidth takes the group's.
+    #[arg(long, value_name = "NAME")]
+    pub bandwidth_group: Option<String>,
+    /// This migration's weight in its group.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "bandwidth_group",
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub bandwidth_weight: u32,
+    /// Where the agent has a socket for `pageferry set` and the like. Default: /run/pageferry (root),
+    /// or $XDG_RUNTIME_DIR/pageferry.
+    #[arg(long, value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
     /// Whether to send from guest memory without a copy.
     #[arg(long, value_enum, default_value_t = ZeroCopyChoice::Auto)]
     pub zero_copy: ZeroCopyChoice,
+    /// Whether to compress memory on its way: `auto` while it makes the migration faster and guests
+    /// leave the processor to it, `off`, or always with `lz4`, `zstd` or `zstd:LEVEL` (1 to 19).
+    /// Lanes over RDMA never do.
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub compress: Compress,
+    /// Send no more than this, all lanes together: bits a second, as 500M, 1G or 2.5G (125MB counts
+    /// bytes). The pause is exempt. `pageferry set` changes it while the migration runs.
+    #[arg(long, value_name = "RATE")]
+    pub max_bandwidth: Option<Bandwidth>,
     /// Use plain sockets even where io_uring works.
     #[arg(long)]
     pub no_io_uring: bool,

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod bandwidth;
 pub mod cli;
 pub mod cores;
 pub mod demo;
@@ -17,4 +18,5 @@ pub mod qmp;
 pub mod receive;
 pub mod recover;
 pub mod report;
+pub mod settings;
 pub mod status;

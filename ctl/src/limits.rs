@@ -109,3 +109,12 @@ pub const RECOVER_PAUSE: Duration = Duration::from_millis(500);
 
 /// How long it is tried to tell the other side what it need not know at once.
 pub const RECOVER_TELL_MAX: Duration = Duration::from_secs(2);
+/// How long one who asks an agent may take to say what, and to listen: a local process does it at
+/// once, and nobody else can connect.
+pub const ADMIN_WAIT: Duration = Duration::from_secs(2);
+
+/// A line of the admin socket: a status is well below 1 KiB.
+pub const ADMIN_LINE_BYTES_MAX: u64 = 64 << 10;
+
+/// How often a member of a shared budget looks for the others: a look opens a file of each.
+pub const SHARE_LOOK_EVERY: Duration = Duration::from_millis(250);

@@ -8,7 +8,9 @@ use crossbeam_channel::bounded;
 use pageferry_ctl::cli::{Cli, Command};
 use pageferry_ctl::qemu::guard;
 use pageferry_ctl::report::exit::Exit;
-use pageferry_ctl::{demo, lab, migrate, pki, privileges, probe, receive, recover, report, status};
+use pageferry_ctl::{
+    demo, lab, migrate, pki, privileges, probe, receive, recover, report, settings, status,
+};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Command::Recover(args) => recover::run(&args).into(),
         Command::Status(args) => status::run(&args).into(),
         Command::Cancel(args) => status::cancel(&args).into(),
+        Command::Set(args) => settings::run(&args).into(),
         Command::Pki(args) => pki::run(&args).into(),
         Command::Guard => guard::run().into(),
         Command::GuestInit => unreachable!("it never returns"),

@@ -1,21 +1,26 @@
 //! `pageferry migrate`: the source agent with its events, report and exit code.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 use pageferry_datapath::lane::{LanePath, LaneStats, SealedBy, ZeroCopy};
+use pageferry_datapath::pace::Pacer;
 use pageferry_datapath::planner::{Goals, Stalled};
 use pageferry_datapath::source::{Failure, FailureKind, Outcome, Phase, RoundReport, SourceReport};
 use pageferry_uring::plan::{PathWish, ZeroCopyWish};
 
+use crate::agent::admin;
 use crate::agent::lanes::{self, LaneChoice, Transport};
 use crate::agent::monitor::{GuestFacts, SourceMonitor};
+use crate::agent::source::overseen::{Group, Overseen};
 use crate::agent::source::{self, SourceOptions, SourceResult, Watch};
 use crate::agent::tls::{Caller, Security};
 use crate::cli::{CpuList, MigrateArgs, NotConverging, ZeroCopyChoice};
 use crate::host;
 use crate::qemu::source::QemuSource;
 use crate::report::Reporter;
+use crate::report::compression::Compression;
 use crate::report::events::{
     Event, LaneDetail, MigrationOutcome, RunningOn, Secured, Start, Summary,
 };
@@ -54,7 +59,16 @@ pub fn run_with(
         eprintln!("warning: {warning}");
     }
     let mut told = Told::default();
+    let pacer = Arc::clone(&options.lanes.pacer);
+    let group = args.bandwidth_group.clone().map(|name| Group {
+        name,
+        weight: args.bandwidth_weight,
+        budget: args.max_bandwidth,
+    });
+    let mut overseen = Overseen::new(args.to.clone(), facts.pid, pacer, group);
+    let runtime_dir = args.runtime_dir.clone().unwrap_or_else(admin::runtime_dir);
     let result = source::run(&options, monitor, cancel, &mut |watch| {
+        overseen.note(&runtime_dir, watch);
         told.tell(watch, &facts, &options, reporter);
         reporter.progress(watch);
     });
@@ -103,6 +117,8 @@ fn options(args: &MigrateArgs) -> SourceOptions {
             },
             encrypt: args.encrypt,
             tls: None,
+            compress: args.compress,
+            pacer: Arc::new(Pacer::new(args.max_bandwidth.map(|rate| rate.bytes_per_second))),
         },
         goals: Goals {
             downtime: Duration::from_millis(args.downtime_ms),
@@ -271,6 +287,7 @@ fn summary(
         wire_bytes: result.lanes.iter().map(|lane| lane.wire_bytes).sum(),
         zero_copy: zero_copy(&result.lanes),
         zero_copy_reason: zero_copy_reason(&result.lanes),
+        compression: Compression::of(&result.lanes),
         brownout_ms: timeline.brownout().map(ms),
         blackout_ms: timeline.blackout().map(ms),
         blackout_predicted_ms: result.report.predicted_blackout.map(ms),

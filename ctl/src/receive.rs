@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
@@ -12,6 +13,7 @@ use pageferry_uring::plan::ZeroCopyWish;
 
 use crate::agent::acceptor::{Acceptor, ListenError};
 use crate::agent::allow::Allowed;
+use crate::agent::compress::Compress;
 use crate::agent::failure;
 use crate::agent::lanes::{self, LaneChoice};
 use crate::agent::monitor::TargetMonitor;
@@ -59,6 +61,8 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
             zero_copy: ZeroCopyWish::Not("a target sends nothing"),
             encrypt: args.encrypt,
             tls: None,
+            compress: Compress::Off,
+            pacer: Arc::default(),
         },
         qmp: args.qmp.clone(),
         state_dir: args.state_dir.clone(),

@@ -3,6 +3,7 @@
 //! The migration's driver owns the numbers and fills the structs of [`events`]; nothing here
 //! measures anything, and nothing here decides.
 
+pub mod compression;
 pub mod events;
 pub mod exit;
 pub mod histograms;

@@ -9,8 +9,14 @@
 //!             | 255 x entry (16 bytes), unused ones zero
 //! entry    := region u16 | kind u16 | len u32 | offset u64      (batch)
 //!             round u32, rest zero                              (barrier, first entry)
-//! payload  := the bytes of the first data entry, of the second, ... (zero entries have none)
+//! payload  := the bytes of the first data entry, of the second, ... (zero entries have none),
+//!             then the chunks in the order of their entries
+//! chunk    := 0 u16 | coding u16 | packed length u32 | raw length u64            (an entry)
 //! ```
+//!
+//! Where a codec was agreed on, a batch's extents may travel packed: their bytes, one after the
+//! other, are cut into chunks, and entries behind the extents' say how each is written down
+//! (see [`codec`](crate::codec)). A peer that did not agree to it refuses such a batch.
 //!
 //! Headers have one fixed size so that the target can take a batch's payload and the next header
 //! with a single system call. They are large so that a round of scattered 4 KiB pages still moves
@@ -28,9 +34,12 @@ pub mod hello;
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::codec::{Chunk, CodecName, Coding};
 use crate::extent::Extent;
 use crate::ids::{LaneId, RegionIndex, RoundIndex};
-use crate::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, PAGE_BYTES_MIN};
+use crate::limits::{
+    BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, CHUNK_BYTES_MAX, CHUNKS_MAX, PAGE_BYTES_MIN,
+};
 use crate::zero::Sorted;
 
 /// Size of every frame header.
@@ -49,8 +58,14 @@ const KIND_CLOSE: u8 = 3;
 
 /// An extent whose bytes follow as they are.
 const EXTENT_DATA: u16 = 0;
-/// An extent that is to read as zeros; nothing follows. Other values are free for compression.
+/// An extent that is to read as zeros; nothing follows.
 const EXTENT_ZERO: u16 = 1;
+/// An extent whose bytes are in the chunks.
+const EXTENT_PACKED: u16 = 2;
+/// A chunk, by its coding.
+const CHUNK_STORED: u16 = 16;
+const CHUNK_LZ4: u16 = 17;
+const CHUNK_ZSTD: u16 = 18;
 
 const ENTRY_BYTES: usize = 16;
 const ENTRIES_AT: usize = HEADER_BYTES - BATCH_EXTENTS_MAX * ENTRY_BYTES;
@@ -116,6 +131,17 @@ pub enum FramingError {
         /// The sum of the lengths.
         bytes: u64,
     },
+    /// A chunk is longer than what it stands for, or chunks and packed extents don't add up.
+    #[error("chunk of {raw_bytes} bytes in {packed_bytes} does not fit its batch")]
+    Chunk {
+        /// Its length in guest memory, as it stood there.
+        raw_bytes: u64,
+        /// Its length on the wire, as it stood there.
+        packed_bytes: u32,
+    },
+    /// A chunk does not become what its header says.
+    #[error("a compressed chunk is corrupt")]
+    CorruptChunk,
     /// Bytes that must be zero are not.
     #[error("unused bytes are not zero")]
     Reserved,
@@ -124,9 +150,9 @@ pub enum FramingError {
 /// What a frame says, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// Payload follows for the data extents that the reader filled in, if there are any.
+    /// Payload follows for the data extents and chunks that the reader filled in, if there are any.
     Batch {
-        /// Sum of the data extents' lengths, at most [`BATCH_BYTES_MAX`].
+        /// Bytes that follow, at most [`BATCH_BYTES_MAX`]: data extents as they are, then chunks.
         payload_bytes: u64,
     },
     /// Acknowledge when everything before is placed.
@@ -158,18 +184,42 @@ impl LaneWriter {
     /// If both together break the limits of [`RoundWork::next_batch`](crate::work::RoundWork): the
     /// caller's bug, and the target would refuse the lane.
     pub fn batch(&mut self, data: &[Extent], zero: &[Extent], header: &mut HeaderBytes) {
-        let count = data.len() + zero.len();
+        self.entries([data, zero, &[]], &[], header);
+    }
+
+    /// The same for a batch with packed extents; the peer must have agreed to the chunks' codings.
+    ///
+    /// # Panics
+    /// As [`Self::batch`], and if the chunks are not those of the packed extents.
+    pub fn sorted(&mut self, batch: &Sorted, header: &mut HeaderBytes) {
+        let raw_bytes: u64 = batch.chunks.iter().map(|chunk| chunk.raw_bytes).sum();
+        assert_eq!(raw_bytes, batch.packed.iter().map(|extent| extent.len).sum::<u64>());
+        self.entries([&batch.data, &batch.zero, &batch.packed], &batch.chunks, header);
+    }
+
+    fn entries(&mut self, extents: [&[Extent]; 3], chunks: &[Chunk], header: &mut HeaderBytes) {
+        let count = extents.iter().map(|kind| kind.len()).sum::<usize>() + chunks.len();
         assert!((1..=BATCH_EXTENTS_MAX).contains(&count));
-        assert!(data.iter().chain(zero).map(|e| e.len).sum::<u64>() <= BATCH_BYTES_MAX);
+        assert!(extents.into_iter().flatten().map(|e| e.len).sum::<u64>() <= BATCH_BYTES_MAX);
         header[ENTRIES_AT..].fill(0);
-        let kinds = data.iter().map(|e| (e, EXTENT_DATA));
-        let kinds = kinds.chain(zero.iter().map(|e| (e, EXTENT_ZERO)));
+        let extents = extents.into_iter().zip([EXTENT_DATA, EXTENT_ZERO, EXTENT_PACKED]);
+        let extents = extents.flat_map(|(extents, kind)| {
+            extents.iter().map(move |e| (e.region.0, kind, e.len as u32, e.offset))
+        });
+        let chunks = chunks.iter().map(|chunk| {
+            let kind = match chunk.coding {
+                Coding::Stored => CHUNK_STORED,
+                Coding::Lz4 => CHUNK_LZ4,
+                Coding::Zstd => CHUNK_ZSTD,
+            };
+            (0, kind, chunk.packed_bytes as u32, chunk.raw_bytes)
+        });
         let entries = header[ENTRIES_AT..].chunks_exact_mut(ENTRY_BYTES);
-        for (entry, (extent, kind)) in entries.zip(kinds) {
-            entry[0..2].copy_from_slice(&extent.region.0.to_le_bytes());
+        for (entry, (region, kind, len, offset)) in entries.zip(extents.chain(chunks)) {
+            entry[0..2].copy_from_slice(&region.to_le_bytes());
             entry[2..4].copy_from_slice(&kind.to_le_bytes());
-            entry[4..8].copy_from_slice(&(extent.len as u32).to_le_bytes());
-            entry[8..16].copy_from_slice(&extent.offset.to_le_bytes());
+            entry[4..8].copy_from_slice(&len.to_le_bytes());
+            entry[8..16].copy_from_slice(&offset.to_le_bytes());
         }
         self.seal(KIND_BATCH, count as u16, header);
     }
@@ -207,12 +257,19 @@ impl LaneWriter {
 pub struct LaneReader {
     seq: u32,
     region_bytes: Box<[u64]>,
+    codecs: Box<[CodecName]>,
 }
 
 impl LaneReader {
     /// A reader at the lane's first frame, for regions of these sizes (by index).
     pub fn new(region_bytes: impl Into<Box<[u64]>>) -> Self {
-        Self { seq: 0, region_bytes: region_bytes.into() }
+        Self { seq: 0, region_bytes: region_bytes.into(), codecs: Box::default() }
+    }
+
+    /// Takes packed extents too, in chunks of these codecs.
+    pub fn unpacking(mut self, codecs: impl Into<Box<[CodecName]>>) -> Self {
+        self.codecs = codecs.into();
+        self
     }
 
     /// Decodes one header; for a batch, `extents` is replaced with its extents. After an error the
@@ -222,8 +279,7 @@ impl LaneReader {
         header: &HeaderBytes,
         extents: &mut Sorted,
     ) -> Result<Frame, FramingError> {
-        extents.data.clear();
-        extents.zero.clear();
+        extents.clear();
         check_seal(header)?;
         let kind = header[3];
         let seq = u32_at(header, 4);
@@ -257,10 +313,20 @@ impl LaneReader {
     }
 
     fn entries(&self, entries: &[u8], extents: &mut Sorted) -> Result<u64, FramingError> {
-        let (mut bytes, mut payload_bytes) = (0, 0);
+        let (mut bytes, mut payload_bytes, mut unpacked) = (0, 0, 0);
         for entry in entries.chunks_exact(ENTRY_BYTES) {
             let (region, kind) = (u16_at(entry, 0), u16_at(entry, 2));
             let (len, offset) = (u32_at(entry, 4), u64_at(entry, 8));
+            if let Some(coding) = self.coding(kind) {
+                let chunk = checked_chunk(coding, region, len, offset)?;
+                extents.chunks.push(chunk);
+                payload_bytes += chunk.packed_bytes;
+                unpacked += chunk.raw_bytes;
+                continue;
+            }
+            if kind > EXTENT_PACKED {
+                return Err(FramingError::ExtentKind { kind });
+            }
             let region_bytes = self.region_bytes.get(usize::from(region)).copied().unwrap_or(0);
             let whole_pages = offset % PAGE_BYTES_MIN == 0 && u64::from(len) % PAGE_BYTES_MIN == 0;
             let inside = offset.checked_add(len.into()).is_some_and(|end| end <= region_bytes);
@@ -276,14 +342,51 @@ impl LaneReader {
                     extents.data.push(extent);
                 }
                 EXTENT_ZERO => extents.zero.push(extent),
+                EXTENT_PACKED if !self.codecs.is_empty() => extents.packed.push(extent),
                 kind => return Err(FramingError::ExtentKind { kind }),
             }
         }
         if bytes > BATCH_BYTES_MAX {
             return Err(FramingError::BatchBytes { bytes });
         }
+        let packed: u64 = extents.packed.iter().map(|extent| extent.len).sum();
+        if packed != unpacked || extents.chunks.len() > CHUNKS_MAX {
+            return Err(FramingError::Chunk { raw_bytes: unpacked, packed_bytes: 0 });
+        }
         Ok(payload_bytes)
     }
+
+    /// The coding that a kind stands for, if it was agreed to.
+    fn coding(&self, kind: u16) -> Option<Coding> {
+        let knows = |codec| self.codecs.contains(&codec);
+        match kind {
+            CHUNK_STORED if !self.codecs.is_empty() => Some(Coding::Stored),
+            CHUNK_LZ4 if knows(CodecName::Lz4) => Some(Coding::Lz4),
+            CHUNK_ZSTD if knows(CodecName::Zstd) => Some(Coding::Zstd),
+            _ => None,
+        }
+    }
+}
+
+/// A chunk whose lengths may be allocated by: both bounded, and none longer than what it stands for.
+fn checked_chunk(
+    coding: Coding,
+    region: u16,
+    packed_bytes: u32,
+    raw_bytes: u64,
+) -> Result<Chunk, FramingError> {
+    let packed = u64::from(packed_bytes);
+    let sound = region == 0
+        && (1..=CHUNK_BYTES_MAX).contains(&raw_bytes)
+        && raw_bytes.is_multiple_of(PAGE_BYTES_MIN)
+        && match coding {
+            Coding::Stored => packed == raw_bytes,
+            Coding::Lz4 | Coding::Zstd => (1..raw_bytes).contains(&packed),
+        };
+    if !sound {
+        return Err(FramingError::Chunk { raw_bytes, packed_bytes });
+    }
+    Ok(Chunk { coding, packed_bytes: packed, raw_bytes })
 }
 
 fn check_seal(header: &HeaderBytes) -> Result<(), FramingError> {

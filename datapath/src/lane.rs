@@ -11,6 +11,7 @@ use std::sync::Arc;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use crate::codec::Codec;
 use crate::extent::Extent;
 use crate::framing::FramingError;
 use crate::framing::hello::Refusal;
@@ -76,6 +77,21 @@ pub struct Sealing {
     pub ns: u64,
 }
 
+/// What a lane compressed, over its whole life.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Packing {
+    /// Guest memory that travelled in chunks.
+    pub raw_bytes: u64,
+    /// The chunks' bytes.
+    pub packed_bytes: u64,
+    /// Time spent in packing or unpacking, in ns.
+    pub ns: u64,
+    /// The codec in use at the end; `None` if memory travelled as it is.
+    pub codec: Option<Codec>,
+    /// Why that one, or why none.
+    pub reason: String,
+}
+
 /// Counters of one lane, over its whole life.
 #[derive(Clone, Debug)]
 pub struct LaneStats {
@@ -93,10 +109,12 @@ pub struct LaneStats {
     pub moved_bytes: u64,
     /// Bytes of guest memory that were zero, and did not travel.
     pub zero_bytes: u64,
-    /// The same with headers.
+    /// The same as it travelled: with headers, compressed where it was.
     pub wire_bytes: u64,
     /// How it was encrypted, if it was.
     pub sealing: Option<Sealing>,
+    /// What was compressed, and why or why not.
+    pub packing: Packing,
     /// System calls of the worker's loop.
     pub syscalls: u64,
     /// CPU time of the worker's thread, in ns; what the kernel did for it in interrupts is not in.

@@ -16,6 +16,13 @@ pub const BATCH_EXTENTS_MAX: usize = 255;
 /// cost system calls (measured on loopback: 1 MiB is the plateau).
 pub const BATCH_BYTES_MAX: u64 = 1 << 20;
 
+/// Bytes of guest memory in one compressed chunk: twice the window of LZ4, so that little is lost at
+/// its edges, and small enough that both buffers stay in the second-level cache.
+pub const CHUNK_BYTES_MAX: u64 = 128 << 10;
+
+/// Compressed chunks in one batch: all are full but the last.
+pub const CHUNKS_MAX: usize = (BATCH_BYTES_MAX / CHUNK_BYTES_MAX) as usize;
+
 /// Bytes of memory behind one page table of 4 KiB pages: the step in which page tables exist.
 pub const PAGE_TABLE_BYTES: u64 = 2 << 20;
 

@@ -57,10 +57,19 @@ impl RoundWork {
     /// Replaces `batch` with the next extents, at most [`limits::BATCH_EXTENTS_MAX`] of them and
     /// [`limits::BATCH_BYTES_MAX`] bytes; empty when nothing is left.
     pub fn next_batch(&self, batch: &mut Vec<Extent>) {
+        self.next_batch_within(batch, limits::BATCH_EXTENTS_MAX, limits::BATCH_BYTES_MAX);
+    }
+
+    /// The same with limits of the lane's own: chunks need room in the header, and a lane that is
+    /// held to a rate sends less at a time.
+    pub fn next_batch_within(&self, batch: &mut Vec<Extent>, extents: usize, bytes: u64) {
         batch.clear();
-        let mut room = limits::BATCH_BYTES_MAX;
+        let most = bytes.clamp(limits::PAGE_BYTES_MIN, limits::BATCH_BYTES_MAX)
+            / limits::PAGE_BYTES_MIN
+            * limits::PAGE_BYTES_MIN;
+        let mut room = most;
         let mut left = self.left.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        while room > 0 && batch.len() < limits::BATCH_EXTENTS_MAX {
+        while room > 0 && batch.len() < extents.min(limits::BATCH_EXTENTS_MAX) {
             let Some(front) = left.front_mut() else { break };
             let len = front.len.min(room);
             batch.push(Extent { len, ..*front });
@@ -71,7 +80,7 @@ impl RoundWork {
                 left.pop_front();
             }
         }
-        self.taken_bytes.fetch_add(limits::BATCH_BYTES_MAX - room, Ordering::Relaxed);
+        self.taken_bytes.fetch_add(most - room, Ordering::Relaxed);
     }
 
     /// Puts back what a failed lane had taken and never got acknowledged. Only after that lane was

@@ -10,8 +10,9 @@
 
 use std::ops::Range;
 
+use crate::codec::Chunk;
 use crate::extent::Extent;
-use crate::limits::{BATCH_EXTENTS_MAX, PAGE_BYTES_MIN};
+use crate::limits::{BATCH_EXTENTS_MAX, CHUNKS_MAX, PAGE_BYTES_MIN};
 use crate::region::{GuestMemory, Lease, RegionError};
 
 /// Where there were no zero pages lately, one page of so many is looked at.
@@ -24,6 +25,10 @@ pub struct Sorted {
     pub data: Vec<Extent>,
     /// Extents that are zero throughout.
     pub zero: Vec<Extent>,
+    /// Extents whose bytes travel in `chunks`.
+    pub packed: Vec<Extent>,
+    /// What the packed extents became.
+    pub chunks: Vec<Chunk>,
     /// The batch before this one had zero pages.
     dense: bool,
 }
@@ -34,20 +39,30 @@ impl Sorted {
         Self {
             data: Vec::with_capacity(BATCH_EXTENTS_MAX),
             zero: Vec::with_capacity(BATCH_EXTENTS_MAX),
+            packed: Vec::new(),
+            chunks: Vec::new(),
             dense: false,
         }
     }
 
-    /// Sorts a batch of at most [`BATCH_EXTENTS_MAX`] extents into at most as many: where zero and
-    /// other pages alternate more often, zero ones travel as data.
+    /// Empties it.
+    pub fn clear(&mut self) {
+        self.data.clear();
+        self.zero.clear();
+        self.packed.clear();
+        self.chunks.clear();
+    }
+
+    /// Sorts a batch of at most [`BATCH_EXTENTS_MAX`] extents into at most as many, none of them
+    /// packed: where zero and other pages alternate more often, zero ones travel as data. A header
+    /// has room left for chunks if the batch leaves it.
     ///
     /// # Errors
     /// If an extent lies outside of `memory`.
     pub fn sort(&mut self, memory: &GuestMemory, batch: &[Extent]) -> Result<(), RegionError> {
         assert!(batch.len() <= BATCH_EXTENTS_MAX);
-        self.data.clear();
-        self.zero.clear();
-        let mut spare = BATCH_EXTENTS_MAX - batch.len();
+        self.clear();
+        let mut spare = (BATCH_EXTENTS_MAX - batch.len()).saturating_sub(CHUNKS_MAX);
         for &extent in batch {
             self.split(&memory.lease(extent)?, extent, &mut spare)?;
         }

@@ -1,10 +1,11 @@
 //! Lane framing from outside: golden bytes, round trips, and hostile bytes.
 
+use pageferry_datapath::codec::{Chunk, CodecName, Coding};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Greeting, Hello, Refusal, Reply, Ticket};
 use pageferry_datapath::framing::{Ack, Frame, FramingError, HEADER_BYTES, LaneReader, LaneWriter};
 use pageferry_datapath::ids::{LaneId, RegionIndex, RoundIndex, SessionId};
-use pageferry_datapath::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX};
+use pageferry_datapath::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, CHUNK_BYTES_MAX, CHUNKS_MAX};
 use pageferry_datapath::zero::Sorted;
 use proptest::prelude::*;
 use xxhash_rust::xxh3::xxh3_64;
@@ -231,4 +232,95 @@ proptest! {
         prop_assert!(Ack::decode(junk64[..32].try_into().unwrap()).is_err());
         prop_assert!(Reply::decode(junk64[..16].try_into().unwrap()).is_err());
     }
+}
+
+/// A header of chunks, as a source makes it: these extents packed, in these chunks.
+fn packed(extents: &[Extent], chunks: &[Chunk]) -> [u8; HEADER_BYTES] {
+    let mut batch = Sorted::new();
+    batch.packed.extend_from_slice(extents);
+    batch.chunks.extend_from_slice(chunks);
+    let mut header = [0; HEADER_BYTES];
+    LaneWriter::new().sorted(&batch, &mut header);
+    header
+}
+
+fn read_packed(header: &[u8; HEADER_BYTES]) -> Result<(Frame, Sorted), FramingError> {
+    let mut batch = Sorted::new();
+    let mut reader = LaneReader::new(REGIONS).unpacking(CodecName::ALL);
+    let frame = reader.frame(header, &mut batch)?;
+    Ok((frame, batch))
+}
+
+fn chunk(coding: Coding, packed_bytes: u64, raw_bytes: u64) -> Chunk {
+    Chunk { coding, packed_bytes, raw_bytes }
+}
+
+#[test]
+fn packed_extents_come_with_their_chunks() {
+    let extents = [extent(0, 8192, 128 << 10), extent(1, 0, 4096)];
+    let chunks = [chunk(Coding::Lz4, 700, 128 << 10), chunk(Coding::Stored, 4096, 4096)];
+    let header = packed(&extents, &chunks);
+    assert_eq!(
+        hex(&header[..80]),
+        "504c01010000000004000000eada1afb\
+         00000200000002000020000000000000\
+         01000200001000000000000000000000\
+         00001100bc0200000000020000000000\
+         00001000001000000010000000000000"
+    );
+    let (frame, batch) = read_packed(&header).unwrap();
+    assert_eq!(frame, Frame::Batch { payload_bytes: 700 + 4096 });
+    assert_eq!((&batch.packed[..], &batch.chunks[..]), (&extents[..], &chunks[..]));
+    assert!(batch.data.is_empty() && batch.zero.is_empty());
+}
+
+#[test]
+fn chunks_are_refused_where_no_codec_was_agreed_on() {
+    let extents = [extent(0, 0, 8192)];
+    let header = packed(&extents, &[chunk(Coding::Zstd, 100, 8192)]);
+    assert_eq!(read(&header), Err(FramingError::ExtentKind { kind: 2 }));
+    let mut reader = LaneReader::new(REGIONS).unpacking([CodecName::Lz4]);
+    let refused = reader.frame(&header, &mut Sorted::new());
+    assert_eq!(refused, Err(FramingError::ExtentKind { kind: 18 }));
+}
+
+#[test]
+fn chunks_that_say_more_than_they_may_are_refused() {
+    let header = packed(&[extent(0, 0, 8192)], &[chunk(Coding::Lz4, 100, 8192)]);
+    let entry = HEADER_BYTES - BATCH_EXTENTS_MAX * 16 + 16;
+    let tampered = |at: usize, bytes: &[u8]| {
+        let mut header = header;
+        header[entry + at..entry + at + bytes.len()].copy_from_slice(bytes);
+        reseal(&mut header);
+        read_packed(&header).map(|_| ())
+    };
+    assert!(tampered(0, &[0, 0]).is_ok());
+    // A region; no bytes; as many as it stands for; more than it may stand for; a part of a page.
+    for (at, bytes) in [
+        (0, 1u16.to_le_bytes().to_vec()),
+        (4, 0u32.to_le_bytes().to_vec()),
+        (4, 8192u32.to_le_bytes().to_vec()),
+        (4, u32::MAX.to_le_bytes().to_vec()),
+        (8, u64::MAX.to_le_bytes().to_vec()),
+        (8, (CHUNK_BYTES_MAX + 4096).to_le_bytes().to_vec()),
+        (8, 8191u64.to_le_bytes().to_vec()),
+        (8, 0u64.to_le_bytes().to_vec()),
+        // Not what the extents are.
+        (8, 4096u64.to_le_bytes().to_vec()),
+        (8, 12288u64.to_le_bytes().to_vec()),
+    ] {
+        let refused = tampered(at, &bytes);
+        assert!(matches!(refused, Err(FramingError::Chunk { .. })), "{at} {bytes:?} {refused:?}");
+    }
+    // Stored, but not as long as what it stands for.
+    assert!(matches!(tampered(2, &16u16.to_le_bytes()), Err(FramingError::Chunk { .. })));
+    // Packed extents alone, and more chunks than there are.
+    let mut lone = [0; HEADER_BYTES];
+    LaneWriter::new().batch(&[extent(0, 0, 8192)], &[], &mut lone);
+    lone[18] = 2;
+    reseal(&mut lone);
+    assert!(matches!(read_packed(&lone), Err(FramingError::Chunk { .. })));
+    let many = vec![chunk(Coding::Lz4, 100, 4096); CHUNKS_MAX + 1];
+    let header = packed(&[extent(0, 0, 4096 * many.len() as u64)], &many);
+    assert!(matches!(read_packed(&header), Err(FramingError::Chunk { .. })));
 }

@@ -103,3 +103,7 @@ pub(crate) const TICK: Duration = Duration::from_millis(250);
 
 /// Highest latency a lane's histograms tell apart, in ns; more is counted as this.
 pub(crate) const LATENCY_NS_MAX: u64 = 60_000_000_000;
+
+/// A lane that waits for its turn under a rate looks this often whether the rate was changed or the
+/// lane stopped.
+pub(crate) const PACE_TICK: Duration = Duration::from_millis(20);

@@ -1,10 +1,12 @@
 //! What the caller decides about lanes before they start.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry_datapath::framing::hello::Ticket;
 use pageferry_datapath::ids::{LaneId, SessionId};
+use pageferry_datapath::pace::Pacer;
 
 use crate::limits;
 
@@ -42,6 +44,8 @@ pub struct ConnectPlan {
     pub lanes: Vec<LanePlan>,
     /// Which memory is pinned here.
     pub pin: Pin,
+    /// What all lanes of the migration are held to.
+    pub pacer: Arc<Pacer>,
     /// Requests a lane may have posted; the device may have fewer.
     pub depth: u32,
     /// Resolving, connecting and probing one lane.
@@ -59,6 +63,7 @@ impl ConnectPlan {
             session,
             lanes,
             pin: Pin::default(),
+            pacer: Arc::default(),
             depth: limits::SEND_DEPTH,
             connect_wait: limits::CONNECT_WAIT_MAX,
             progress_wait: limits::PROGRESS_WAIT_MAX,

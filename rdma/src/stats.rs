@@ -6,7 +6,7 @@ use hdrhistogram::Histogram;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
-use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
+use pageferry_datapath::lane::{LanePath, LaneStats, Packing, ZeroCopy};
 
 use crate::limits::LATENCY_NS_MAX;
 
@@ -44,6 +44,7 @@ impl Tally {
             zero_bytes: self.zero_bytes,
             wire_bytes: self.wire_bytes,
             sealing: None,
+            packing: Packing { reason: "RDMA writes memory as it is".into(), ..Packing::default() },
             syscalls,
             cpu_ns: cpu_time.map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64),
             batch_ns: self.batch_ns,

@@ -101,7 +101,7 @@ fn every_example_of_the_help_runs() -> Outcome {
 
 #[test]
 fn every_subcommand_has_help_and_bad_usage_is_told_apart() -> Outcome {
-    for command in ["probe", "target", "migrate", "demo", "pki"] {
+    for command in ["probe", "target", "migrate", "demo", "pki", "set"] {
         let output = pageferry([command, "--help"])?;
         assert_eq!(output.status.code(), Some(DONE), "{command}");
         assert!(String::from_utf8_lossy(&output.stdout).contains("Usage: pageferry"), "{command}");

@@ -21,6 +21,7 @@ pub mod placement;
 mod plain;
 pub mod plan;
 mod ring;
+pub mod rss;
 mod sealed;
 mod socket;
 pub mod source;

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// Iovecs of one operation: a full batch's extents and one header.
-pub(crate) const IOVECS_MAX: usize = pageferry_datapath::limits::BATCH_EXTENTS_MAX + 1;
+/// Iovecs of one operation: a full batch's extents, its chunks and one header.
+pub(crate) const IOVECS_MAX: usize = pageferry_datapath::limits::BATCH_EXTENTS_MAX + 2;
 
 /// A peer sends its first bytes within this, or is dropped: a connection held open by trickling
 /// bytes must not keep a place in the acceptor.
@@ -44,3 +44,15 @@ pub(crate) const SETTLE_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Between two looks while a lane settles.
 pub(crate) const SETTLE_TICK: Duration = Duration::from_millis(50);
+
+/// A lane that waits for its turn under a rate looks this often whether the rate was changed or the
+/// lane stopped.
+pub(crate) const PACE_TICK: Duration = Duration::from_millis(20);
+
+/// A connection is paced by the kernel at this share, in percent, of its part of the rate: it only
+/// smooths what our own pacing lets through, and must never be what holds a lane back.
+pub(crate) const KERNEL_PACING_PERCENT: u64 = 150;
+
+/// Between two looks at how busy the processors are: a window that the scheduler's slices don't
+/// show in.
+pub(crate) const CPU_LOOK_EVERY: Duration = Duration::from_millis(250);

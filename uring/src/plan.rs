@@ -4,8 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageferry_datapath::codec::{Codec, CodecName};
 use pageferry_datapath::framing::hello::Ticket;
 use pageferry_datapath::ids::{LaneId, SessionId};
+use pageferry_datapath::pace::Pacer;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 
@@ -30,6 +32,17 @@ pub enum ZeroCopyWish {
     Try,
     /// No, for this reason, which the lanes' statistics repeat.
     Not(&'static str),
+}
+
+/// Whether lanes compress what they send.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PackingWish {
+    /// While it makes the migration faster, with one of these, fastest first.
+    Auto(Vec<Codec>),
+    /// Always, with this one.
+    Always(Codec),
+    /// No, for this reason, which the lanes' statistics repeat.
+    Not(String),
 }
 
 /// How a lane's sockets differ from the system's defaults. The default is to leave all of it to the
@@ -94,6 +107,10 @@ pub struct ConnectPlan {
     pub zero_copy: ZeroCopyWish,
     /// Which system calls to use.
     pub path: PathWish,
+    /// Whether to compress; only with codecs that the target takes.
+    pub packing: PackingWish,
+    /// What all lanes of the migration are held to.
+    pub pacer: Arc<Pacer>,
     /// How the sockets are tuned.
     pub tuning: SocketTuning,
     /// TLS on each lane.
@@ -114,6 +131,8 @@ impl ConnectPlan {
             lanes,
             zero_copy: ZeroCopyWish::Try,
             path: PathWish::Auto,
+            packing: PackingWish::Not("not asked for".into()),
+            pacer: Arc::default(),
             tuning: SocketTuning::default(),
             tls: None,
             connect_wait: limits::CONNECT_WAIT_MAX,
@@ -129,6 +148,8 @@ pub struct TargetLaneConfig {
     pub cpu: Option<usize>,
     /// Which system calls to use.
     pub path: PathWish,
+    /// Codecs that were agreed on.
+    pub codecs: Vec<CodecName>,
     /// How the socket is tuned.
     pub tuning: SocketTuning,
     /// A batch without progress for this long has failed. Between rounds a lane may be silent.
@@ -140,6 +161,7 @@ impl Default for TargetLaneConfig {
         Self {
             cpu: None,
             path: PathWish::Auto,
+            codecs: Vec::new(),
             tuning: SocketTuning::default(),
             progress_wait: limits::PROGRESS_WAIT_MAX,
         }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use hdrhistogram::Histogram;
-use pageferry_datapath::lane::{LanePath, LaneStats, ZeroCopy};
+use pageferry_datapath::lane::{LanePath, LaneStats, Packing, ZeroCopy};
 
 use crate::limits::LATENCY_NS_MAX;
 use crate::sys;
@@ -14,6 +14,7 @@ pub(crate) struct Tally {
     pub(crate) moved_bytes: u64,
     pub(crate) zero_bytes: u64,
     pub(crate) wire_bytes: u64,
+    pub(crate) packing: Packing,
     pub(crate) batch_ns: Histogram<u64>,
     pub(crate) barrier_ns: Histogram<u64>,
 }
@@ -24,6 +25,7 @@ impl Tally {
             moved_bytes: 0,
             zero_bytes: 0,
             wire_bytes: 0,
+            packing: Packing::default(),
             batch_ns: histogram(),
             barrier_ns: histogram(),
         }
@@ -47,6 +49,7 @@ impl Tally {
             zero_bytes: self.zero_bytes,
             wire_bytes: self.wire_bytes,
             sealing: None,
+            packing: self.packing,
             syscalls,
             cpu_ns: sys::thread_cpu_ns(),
             batch_ns: self.batch_ns,

@@ -15,7 +15,9 @@ use std::ptr::{self, NonNull};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, types};
+use pageferry_datapath::codec::PAYLOAD_BYTES_MAX;
 use pageferry_datapath::framing::{HEADER_BYTES, HeaderBytes};
+use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
 use pageferry_datapath::region::{Lease, RegionError};
 
 use crate::limits::IOVECS_MAX;
@@ -23,9 +25,9 @@ use crate::limits::IOVECS_MAX;
 /// Where the header stands among the bytes of a parcel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Header, then extents: a batch as it is sent.
+    /// Header, then extents, then chunks: a batch as it is sent.
     HeaderFirst,
-    /// Extents, then the next batch's header: as it is received.
+    /// Extents, then chunks, then the next batch's header: as it is received.
     HeaderLast,
 }
 
@@ -36,7 +38,10 @@ pub(crate) struct Parcel {
     order: Order,
     header: HeaderBytes,
     leases: Vec<Lease>,
-    /// Bytes of header and leases together.
+    /// Compressed chunks; no memory until there are any, then always of the same size.
+    packed: Vec<u8>,
+    packed_bytes: usize,
+    /// Bytes of header, leases and chunks together.
     total: usize,
     /// How many of them have been moved.
     done: usize,
@@ -53,7 +58,9 @@ impl Parcel {
         Box::new(Self {
             order: Order::HeaderFirst,
             header: [0; HEADER_BYTES],
-            leases: Vec::with_capacity(IOVECS_MAX - 1),
+            leases: Vec::with_capacity(BATCH_EXTENTS_MAX),
+            packed: Vec::new(),
+            packed_bytes: 0,
             total: HEADER_BYTES,
             done: 0,
             iovecs: [NONE; IOVECS_MAX],
@@ -64,6 +71,7 @@ impl Parcel {
     /// Empties it: nothing leased, only the header to move.
     pub(crate) fn clear(&mut self, order: Order) {
         self.leases.clear();
+        self.packed_bytes = 0;
         self.order = order;
         self.total = HEADER_BYTES;
         self.done = 0;
@@ -74,17 +82,37 @@ impl Parcel {
     /// # Panics
     /// If it has a full batch already, which the framing's limit on extents rules out.
     pub(crate) fn push(&mut self, lease: Lease) {
-        assert!(self.leases.len() + 1 < IOVECS_MAX && self.done == 0);
+        assert!(self.leases.len() < BATCH_EXTENTS_MAX && self.done == 0);
         self.total += lease.extent().len as usize;
         self.leases.push(lease);
     }
 
-    /// Bytes of its extents.
-    pub(crate) fn leased_bytes(&self) -> u64 {
-        (self.total - HEADER_BYTES) as u64
+    /// Room for chunks, to be packed into before [`Self::pack`] says how many bytes they are.
+    pub(crate) fn packing_room(&mut self) -> &mut [u8] {
+        self.packed.resize(PAYLOAD_BYTES_MAX, 0);
+        &mut self.packed
     }
 
-    /// Bytes of header and extents.
+    /// Adds the first `bytes` of the room, behind the extents: to be sent, or to be received into.
+    pub(crate) fn pack(&mut self, bytes: usize) {
+        assert!(self.packed_bytes == 0 && self.done == 0);
+        self.packed.resize(PAYLOAD_BYTES_MAX, 0);
+        assert!(bytes <= self.packed.len());
+        self.packed_bytes = bytes;
+        self.total += bytes;
+    }
+
+    /// The chunks' bytes.
+    pub(crate) fn packed(&self) -> &[u8] {
+        &self.packed[..self.packed_bytes]
+    }
+
+    /// Bytes of its extents.
+    pub(crate) fn leased_bytes(&self) -> u64 {
+        (self.total - HEADER_BYTES - self.packed_bytes) as u64
+    }
+
+    /// Bytes of header, extents and chunks.
     pub(crate) fn total_bytes(&self) -> u64 {
         self.total as u64
     }
@@ -128,6 +156,7 @@ impl Parcel {
             match piece {
                 Piece::Header(header) => into.copy_from_slice(&header[from..from + len]),
                 Piece::Lease(lease) => inside(lease.copy_out(from as u64, into)),
+                Piece::Packed(packed) => into.copy_from_slice(&packed[from..from + len]),
             }
             count += len;
         });
@@ -142,6 +171,7 @@ impl Parcel {
             match piece {
                 Piece::Header(header) => header[from..from + len].copy_from_slice(bytes),
                 Piece::Lease(lease) => inside(lease.copy_in(from as u64, bytes)),
+                Piece::Packed(packed) => packed[from..from + len].copy_from_slice(bytes),
             }
             count += len;
         });
@@ -151,18 +181,24 @@ impl Parcel {
     fn walk(&mut self, most: usize, mut each: impl FnMut(Piece<'_>, usize, usize)) {
         let (mut skip, mut room) = (self.done, most.min(self.left()));
         self.done += room;
-        let pieces = self.leases.len() + 1;
-        for index in 0..pieces {
-            let lease = match self.order {
-                Order::HeaderFirst => index.checked_sub(1),
-                Order::HeaderLast => Some(index).filter(|index| index + 1 < pieces),
+        // Leases and chunks, between the places before and behind them where the header may stand.
+        let leases = self.leases.len();
+        for index in 0..leases + 3 {
+            let at = index.wrapping_sub(1);
+            let len = match (index, self.order) {
+                (0, Order::HeaderFirst) => HEADER_BYTES,
+                (0, Order::HeaderLast) => 0,
+                _ if at < leases => self.leases[at].extent().len as usize,
+                _ if at == leases => self.packed_bytes,
+                (_, Order::HeaderLast) => HEADER_BYTES,
+                (_, Order::HeaderFirst) => 0,
             };
-            let len = lease.map_or(HEADER_BYTES, |at| self.leases[at].extent().len as usize);
             let taken = (len - skip.min(len)).min(room);
             if taken > 0 {
-                let piece = match lease {
-                    None => Piece::Header(&mut self.header),
-                    Some(at) => Piece::Lease(&self.leases[at]),
+                let piece = match at {
+                    _ if at < leases => Piece::Lease(&self.leases[at]),
+                    _ if at == leases => Piece::Packed(&mut self.packed),
+                    _ => Piece::Header(&mut self.header),
                 };
                 each(piece, skip, taken);
                 room -= taken;
@@ -179,8 +215,9 @@ impl Parcel {
             Order::HeaderLast => (None, Some(header)),
         };
         let leased = self.leases.iter().map(|l| (l.as_ptr(), l.extent().len as usize));
+        let packed = (self.packed.as_mut_ptr(), self.packed_bytes);
         let (mut skip, mut count) = (self.done, 0);
-        for (base, len) in first.into_iter().chain(leased).chain(last) {
+        for (base, len) in first.into_iter().chain(leased).chain([packed]).chain(last) {
             let skipped = skip.min(len);
             skip -= skipped;
             if skipped < len {
@@ -200,6 +237,7 @@ impl Parcel {
 enum Piece<'a> {
     Header(&'a mut HeaderBytes),
     Lease(&'a Lease),
+    Packed(&'a mut [u8]),
 }
 
 fn inside(copied: Result<(), RegionError>) {
@@ -223,7 +261,7 @@ pub(crate) fn send_parcel(socket: BorrowedFd<'_>, parcel: &mut Box<Parcel>) -> i
     // SAFETY:
     // - `socket` is open while borrowed.
     // - `msg` and its iovecs are fields of `parcel`, borrowed for the call, and `arm` has just
-    //   pointed them at its header and at memory its leases keep mapped.
+    //   pointed them at its header, its chunks and memory its leases keep mapped.
     // - without MSG_ZEROCOPY the kernel keeps no reference after the call.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), msg, libc::MSG_NOSIGNAL) };
     count(sent, parcel)
@@ -238,7 +276,7 @@ pub(crate) fn receive_parcel(
     // SAFETY:
     // - `socket` is open while borrowed.
     // - `msg` and its iovecs are fields of `parcel`, borrowed mutably for the call, and `arm` has
-    //   just pointed them at its header and at writable memory its leases keep mapped.
+    //   just pointed them at its header, its chunks and writable memory its leases keep mapped.
     let received = unsafe { libc::recvmsg(socket.as_raw_fd(), msg, libc::MSG_WAITALL) };
     count(received, parcel)
 }
@@ -276,7 +314,16 @@ fn part(lease: &Lease, from: u64) -> (*mut libc::c_void, usize) {
 /// Bytes of this connection that the peer has acknowledged, plus bytes received: whether anything
 /// moves at all. 0 where the kernel does not tell.
 pub(crate) fn socket_progress(socket: BorrowedFd<'_>) -> u64 {
-    // `struct tcp_info` of linux/tcp.h, which grows at its end; libc's copy may be too short.
+    tcp_info(socket)
+        .map_or(0, |info| info[TCPI_BYTES_ACKED].wrapping_add(info[TCPI_BYTES_RECEIVED]))
+}
+
+/// Places in `struct tcp_info` of linux/tcp.h, in 64-bit words.
+const TCPI_BYTES_ACKED: usize = 120 / 8;
+const TCPI_BYTES_RECEIVED: usize = 128 / 8;
+
+fn tcp_info(socket: BorrowedFd<'_>) -> Option<[u64; 32]> {
+    // `struct tcp_info` grows at its end; libc's copy may be too short.
     let mut info = [0u64; 32];
     let mut len = mem::size_of_val(&info) as libc::socklen_t;
     // SAFETY:
@@ -291,8 +338,7 @@ pub(crate) fn socket_progress(socket: BorrowedFd<'_>) -> u64 {
             &mut len,
         )
     };
-    // tcpi_bytes_acked and tcpi_bytes_received.
-    if got == 0 { info[120 / 8].wrapping_add(info[128 / 8]) } else { 0 }
+    (got == 0).then_some(info)
 }
 
 /// Throws away what a connection still has to send, and ends it: `connect` to nowhere.
@@ -305,6 +351,29 @@ pub(crate) fn disconnect(socket: BorrowedFd<'_>) -> io::Result<()> {
     // - `nowhere` is readable for `len` bytes.
     let done = unsafe { libc::connect(socket.as_raw_fd(), &nowhere, len) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Bytes that the peer has acknowledged on this connection; `None` where the kernel doesn't tell.
+pub(crate) fn acked_bytes(socket: BorrowedFd<'_>) -> Option<u64> {
+    tcp_info(socket).map(|info| info[TCPI_BYTES_ACKED])
+}
+
+/// Has the kernel pace a connection at this many bytes a second, or not at all.
+pub(crate) fn set_pacing(socket: BorrowedFd<'_>, bytes_per_second: Option<u64>) -> io::Result<()> {
+    let rate = bytes_per_second.unwrap_or(u64::MAX);
+    // SAFETY:
+    // - `socket` is open while borrowed.
+    // - `rate` is readable for the length given; the kernel takes an unsigned long.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            (&raw const rate).cast(),
+            mem::size_of_val(&rate) as libc::socklen_t,
+        )
+    };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// CPU time of the calling thread, in ns.
@@ -416,7 +485,8 @@ impl Ring {
         self.in_flight += 1;
         // SAFETY:
         // - `msg`, its iovecs and the header are fields of the parcel, at an address that is stable
-        //   until `take` turns it into a box again, after the last completion.
+        //   until `take` turns it into a box again, after the last completion; so is the chunks'
+        //   buffer, which nobody resizes meanwhile.
         // - the extents are mapped for as long: the parcel holds their leases.
         // - the socket is open here, and the kernel takes its own reference on submission, which
         //   happens before this returns to the owner of the borrow or not at all.

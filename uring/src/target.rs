@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crossbeam_channel::Sender;
-use pageferry_datapath::framing::{Ack, Frame, LaneReader};
+use pageferry_datapath::codec::{UnpackError, Unpacker};
+use pageferry_datapath::framing::{Ack, Frame, FramingError, LaneReader};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
 use pageferry_datapath::placed::Placed;
@@ -72,8 +73,10 @@ impl TargetLane {
         let theirs = Arc::clone(&line);
         let placed = Arc::new(Mutex::new(Placed::new(&memory)));
         let noted = Arc::clone(&placed);
+        let codecs = config.codecs.clone();
         let worker = Worker::start(start, &line, move |wire, cpu| {
             let mut receiver = Receiver::new(lane, theirs, memory, noted, events, wire);
+            receiver.reader = receiver.reader.unpacking(codecs);
             receiver.serve();
             receiver.finish(cpu)
         })?;
@@ -132,6 +135,7 @@ struct Receiver {
     wire: Wire,
     reader: LaneReader,
     extents: Sorted,
+    unpacker: Unpacker,
     /// Until the first pass is placed.
     gives_way: GivesWay,
     tally: Tally,
@@ -156,6 +160,7 @@ impl Receiver {
             wire,
             reader: LaneReader::new(region_bytes),
             extents: Sorted::new(),
+            unpacker: Unpacker::new(),
             gives_way: GivesWay::default(),
             tally: Tally::new(),
         }
@@ -189,6 +194,9 @@ impl Receiver {
                 Err(error) => return self.ended(error),
             };
             self.count(&parcel, start);
+            if let Err(error) = self.unpack(&parcel) {
+                return Ended::Failed(error);
+            }
             // From here on every byte of the batch before this header is in guest memory.
             if let Err(source) = self.note_placed() {
                 return Ended::Failed(LaneError::OutsideMemory { lane: self.lane, source });
@@ -222,15 +230,46 @@ impl Receiver {
         for &extent in &self.extents.data {
             parcel.push(self.memory.lease(extent).map_err(outside)?);
         }
+        // Bounded by the limits of a batch, as each chunk was checked to be.
+        let packed_bytes = self.extents.chunks.iter().map(|chunk| chunk.packed_bytes).sum::<u64>();
+        if packed_bytes > 0 {
+            parcel.pack(packed_bytes as usize);
+        }
         self.tally.zero_bytes += self.extents.zero_bytes();
         Ok(())
     }
 
     fn note_placed(&mut self) -> Result<(), RegionError> {
         let mut placed = self.placed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        for extent in self.extents.data.drain(..).chain(self.extents.zero.drain(..)) {
+        let Sorted { data, zero, packed, .. } = &mut self.extents;
+        for extent in data.drain(..).chain(zero.drain(..)).chain(packed.drain(..)) {
             placed.extent(extent)?;
         }
+        Ok(())
+    }
+
+    /// Unpacks what came in chunks, if anything did.
+    fn unpack(&mut self, parcel: &Parcel) -> Result<(), LaneError> {
+        let Sorted { packed, chunks, .. } = &self.extents;
+        if chunks.is_empty() {
+            return Ok(());
+        }
+        let lane = self.lane;
+        let start = Instant::now();
+        self.unpacker.unpack(parcel.packed(), chunks, &self.memory, packed).map_err(|error| {
+            match error {
+                UnpackError::Corrupt { .. } => {
+                    LaneError::PeerMisbehaved { lane, source: FramingError::CorruptChunk }
+                }
+                UnpackError::Memory { source } => LaneError::OutsideMemory { lane, source },
+            }
+        })?;
+        let raw_bytes = packed.iter().map(|extent| extent.len).sum::<u64>();
+        let packing = &mut self.tally.packing;
+        packing.ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        packing.raw_bytes += raw_bytes;
+        packing.packed_bytes += parcel.packed().len() as u64;
+        self.tally.moved_bytes += raw_bytes;
         Ok(())
     }
 
@@ -247,7 +286,7 @@ impl Receiver {
 
     fn count(&mut self, parcel: &Parcel, start: Instant) {
         self.tally.wire_bytes += parcel.total_bytes();
-        if parcel.leased_bytes() > 0 {
+        if parcel.leased_bytes() > 0 || !parcel.packed().is_empty() {
             self.tally.moved_bytes += parcel.leased_bytes();
             record(&mut self.tally.batch_ns, start);
         }

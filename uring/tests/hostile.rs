@@ -9,12 +9,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
+use pageferry_datapath::codec::{Chunk, CodecName, Coding};
 use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, Refusal, Reply};
 use pageferry_datapath::framing::{ACK_BYTES, Ack, FramingError, HEADER_BYTES, LaneWriter};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneError, LaneEvent, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
+use pageferry_datapath::zero::Sorted;
 use pageferry_uring::greet::{self, GreetError};
 use pageferry_uring::plan::{PathWish, TargetLaneConfig};
 use pageferry_uring::source::LanePool;
@@ -43,11 +45,20 @@ struct Victim {
 
 impl Victim {
     fn new(path: PathWish) -> Self {
+        Self::with(path, Vec::new())
+    }
+
+    fn unpacking(path: PathWish) -> Self {
+        Self::with(path, CodecName::ALL.to_vec())
+    }
+
+    fn with(path: PathWish, codecs: Vec<CodecName>) -> Self {
         let (stream, far) = pair();
         let memory = memory(&[1 << 20]);
         let (sender, events) = crossbeam_channel::unbounded();
+        let progress_wait = PROGRESS;
         let config =
-            TargetLaneConfig { path, progress_wait: PROGRESS, ..TargetLaneConfig::default() };
+            TargetLaneConfig { path, codecs, progress_wait, ..TargetLaneConfig::default() };
         let lane =
             TargetLane::start(far, LaneId(0), memory.clone(), &config, sender).expect("lane");
         Self { stream, memory, events, lane }
@@ -111,6 +122,52 @@ fn an_extent_outside_guest_memory_ends_the_lane() {
             };
             victim.assert_untouched();
         }
+    }
+}
+
+/// A header whose only extent is packed in one chunk.
+fn packed_header(coding: Coding, packed_bytes: u64, raw_bytes: u64) -> [u8; HEADER_BYTES] {
+    let (mut header, mut batch) = ([0; HEADER_BYTES], Sorted::new());
+    batch.packed.push(extent(0, 0, raw_bytes));
+    batch.chunks.push(Chunk { coding, packed_bytes, raw_bytes });
+    LaneWriter::new().sorted(&batch, &mut header);
+    header
+}
+
+#[test]
+fn a_corrupt_chunk_ends_the_lane() {
+    let short = lz4_flex::block::compress(&[7; 4096]);
+    for path in PATHS {
+        for coding in [Coding::Lz4, Coding::Zstd] {
+            // Noise, and a good chunk of less memory than was announced.
+            for bytes in [&[0xf5; 600][..], &short] {
+                let mut victim = Victim::unpacking(path);
+                victim.send(&packed_header(coding, bytes.len() as u64, 8192));
+                victim.send(bytes);
+                // A chunk is looked at when the next header is there.
+                victim.send(&batch_header(0, 4096));
+                let error = victim.error();
+                let LaneError::PeerMisbehaved { source: FramingError::CorruptChunk, .. } = error
+                else {
+                    panic!("{error:?}")
+                };
+                victim.assert_untouched();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_chunk_that_nobody_agreed_to_ends_the_lane() {
+    for path in PATHS {
+        let mut victim = Victim::new(path);
+        victim.send(&packed_header(Coding::Lz4, 100, 8192));
+        let error = victim.error();
+        let LaneError::PeerMisbehaved { source: FramingError::ExtentKind { .. }, .. } = error
+        else {
+            panic!("{error:?}")
+        };
+        victim.assert_untouched();
     }
 }
 

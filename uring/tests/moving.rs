@@ -4,18 +4,31 @@ mod support;
 
 use std::sync::Arc;
 
+use pageferry_datapath::codec::Codec;
 use pageferry_datapath::ids::RoundIndex;
 use pageferry_datapath::lane::{LaneEvent, LaneStats, SourceLanes};
 use pageferry_datapath::work::RoundWork;
 use pageferry_datapath::zero;
-use pageferry_uring::plan::PathWish;
-use support::{Session, extent, fill, memory_of, next, same};
+use pageferry_uring::plan::{PackingWish, PathWish};
+use support::{Session, extent, fill, fill_thirds, memory_of, next, same};
 
 const SIZES: [u64; 2] = [24 << 20, 4 << 20];
 
 fn move_between(source_path: PathWish, target_path: PathWish, huge: bool) {
+    move_packed(source_path, target_path, huge, PackingWish::Not("not in this test".into()));
+}
+
+/// The same, compressed; what the source's lanes counted.
+fn move_packed(
+    source_path: PathWish,
+    target_path: PathWish,
+    huge: bool,
+    packing: PackingWish,
+) -> Vec<LaneStats> {
+    let packs = !matches!(packing, PackingWish::Not(_));
     let guests = (memory_of(&SIZES, huge), memory_of(&SIZES, huge));
-    let session = Session::open(2, guests, (source_path, target_path), |_| {});
+    let session =
+        Session::open(2, guests, (source_path, target_path), |plan| plan.packing = packing);
     let Session { from, to, mut pool, targets, at_source, at_target } = session;
     assert_eq!(pool.alive(), 2);
     let mut seed = 1u64;
@@ -39,7 +52,11 @@ fn move_between(source_path: PathWish, target_path: PathWish, huge: bool) {
                 .collect()
         };
         for (index, &e) in extents.iter().enumerate() {
-            fill(support::region(&from, usize::from(e.region.0)), e, round);
+            let region = support::region(&from, usize::from(e.region.0));
+            match packs && index % 3 < 2 {
+                true => fill_thirds(region, e, round),
+                false => fill(region, e, round),
+            }
             // Zero throughout, or from its second page on.
             match index % 4 {
                 1 => zero::clear(&from, e).expect("inside"),
@@ -78,6 +95,33 @@ fn move_between(source_path: PathWish, target_path: PathWish, huge: bool) {
     let target_stats: Vec<_> = targets.into_iter().map(|lane| lane.finish()).collect();
     assert_eq!(sums(&target_stats), (moved, zero));
     assert!(at_source.try_recv().is_err(), "an event after the close");
+    stats
+}
+
+#[test]
+fn packed_memory_arrives_as_it_was_and_is_less_on_the_way() {
+    let zstd = Codec::Zstd { level: 3 };
+    for (source, target, codec) in [
+        (PathWish::Plain, PathWish::Uring, Codec::Lz4),
+        (PathWish::Uring, PathWish::Plain, zstd),
+        (PathWish::Uring, PathWish::Uring, Codec::Lz4),
+    ] {
+        let stats = move_packed(source, target, false, PackingWish::Always(codec));
+        let sum = |of: fn(&LaneStats) -> u64| stats.iter().map(of).sum::<u64>();
+        let (raw, packed) = (sum(|s| s.packing.raw_bytes), sum(|s| s.packing.packed_bytes));
+        assert!(raw * 2 > packed * 3, "{codec}: {raw} became {packed}");
+        assert!(sum(|s| s.wire_bytes) < sum(|s| s.moved_bytes), "{codec}");
+        assert!(stats.iter().all(|s| s.packing.codec == Some(codec)));
+    }
+}
+
+#[test]
+fn lanes_that_decide_for_themselves_move_every_byte() {
+    let codecs = vec![Codec::Lz4, Codec::Zstd { level: 1 }];
+    for path in [PathWish::Plain, PathWish::Uring] {
+        let stats = move_packed(path, path, false, PackingWish::Auto(codecs.clone()));
+        assert!(stats.iter().all(|lane| !lane.packing.reason.is_empty()));
+    }
 }
 
 #[test]

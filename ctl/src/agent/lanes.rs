@@ -5,11 +5,14 @@
 //! small buffers, so that the bytes in flight stay in that core's cache.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crossbeam_channel::Sender;
+use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::control::{Choice, LaneOffer, Refused};
 use pageferry_datapath::ids::{LaneId, SessionId};
 use pageferry_datapath::lane::{LaneEvent, LanePath, SourceLanes};
+use pageferry_datapath::pace::Pacer;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_uring::plan::{
@@ -17,6 +20,7 @@ use pageferry_uring::plan::{
 };
 use pageferry_uring::source::LanePool;
 
+use super::compress::Compress;
 use super::{failure, rdma};
 
 /// Eight connections fill 100 GbE; more only cost.
@@ -65,6 +69,10 @@ pub struct LaneChoice {
     pub encrypt: bool,
     /// Source: how, once it knows the target.
     pub tls: Option<LaneTls>,
+    /// Source: whether to compress.
+    pub compress: Compress,
+    /// Source: what all lanes together are held to; changed while they run.
+    pub pacer: Arc<Pacer>,
 }
 
 impl LaneChoice {
@@ -94,9 +102,15 @@ impl LaneChoice {
     }
 
     /// Target: how one lane runs.
-    pub fn target_config(&self, cpu: Option<usize>, same_host: bool) -> TargetLaneConfig {
+    pub fn target_config(
+        &self,
+        cpu: Option<usize>,
+        same_host: bool,
+        codecs: &[CodecName],
+    ) -> TargetLaneConfig {
         TargetLaneConfig {
             cpu,
+            codecs: codecs.to_vec(),
             path: self.path,
             tuning: tuning(same_host),
             ..TargetLaneConfig::default()
@@ -159,7 +173,7 @@ pub fn open_rdma(
         ticket: ticket.ticket,
         cpu: lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
     });
-    rdma::connect(address, session, plans.collect(), lanes.pin, memory, events)
+    rdma::connect(address, session, plans.collect(), (lanes.pin, &lanes.pacer), memory, events)
 }
 
 /// Source: connects every lane of the choice over TCP.
@@ -191,6 +205,8 @@ pub fn open(
             wish => wish,
         },
         path: lanes.path,
+        packing: lanes.compress.wish(&choice.codecs),
+        pacer: Arc::clone(&lanes.pacer),
         tuning: tuning(same_host),
         tls: lanes.tls.clone(),
         ..ConnectPlan::new(address, session, plans.collect())

@@ -14,7 +14,9 @@
 //! the control reader are threads that only ever send inputs. No decision is made here.
 
 pub mod acceptor;
+pub mod admin;
 pub mod allow;
+pub mod compress;
 pub mod control;
 mod digest_job;
 pub mod failure;
@@ -29,6 +31,7 @@ pub mod rdma;
 pub mod rdma;
 pub mod record;
 pub mod recovery;
+pub mod shares;
 pub mod source;
 pub mod target;
 pub mod tickets;

@@ -64,7 +64,7 @@ pub fn connect(
     _address: SocketAddr,
     _session: SessionId,
     _lanes: Vec<LanePlan>,
-    _pin: Pin,
+    _how: (Pin, &std::sync::Arc<pageferry_datapath::pace::Pacer>),
     _memory: &GuestMemory,
     _events: Sender<LaneEvent>,
 ) -> Result<Box<dyn SourceLanes>, String> {

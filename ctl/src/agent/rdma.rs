@@ -7,6 +7,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::lane::{LaneError, LaneEvent, SourceLanes};
+use pageferry_datapath::pace::Pacer;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_rdma::error::RdmaError;
@@ -35,11 +36,12 @@ pub fn connect(
     address: SocketAddr,
     session: SessionId,
     lanes: Vec<LanePlan>,
-    pin: Pin,
+    (pin, pacer): (Pin, &Arc<Pacer>),
     memory: &GuestMemory,
     events: Sender<LaneEvent>,
 ) -> Result<Box<dyn SourceLanes>, String> {
-    let plan = ConnectPlan { pin: pin.into(), ..ConnectPlan::new(address, session, lanes) };
+    let pacer = Arc::clone(pacer);
+    let plan = ConnectPlan { pin: pin.into(), pacer, ..ConnectPlan::new(address, session, lanes) };
     match RdmaPool::connect(&plan, memory.clone(), events) {
         Ok(pool) => Ok(Box::new(pool)),
         Err((_, error)) => Err(text(&error)),

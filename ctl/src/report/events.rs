@@ -10,6 +10,8 @@ use std::io;
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
 use serde::{Deserialize, Serialize};
 
+use super::compression::Compression;
+
 /// One line of `--json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
@@ -253,6 +255,9 @@ pub struct Summary {
     pub zero_copy: ZeroCopy,
     /// Why: what was asked for, or what the kernel refused or reported.
     pub zero_copy_reason: Option<String>,
+    /// What was compressed; null when it ended before lanes were open.
+    #[serde(default)]
+    pub compression: Option<Compression>,
     /// From the first page moved until the guest was paused.
     pub brownout_ms: Option<f64>,
     /// The time the guest stood still.

@@ -2,6 +2,7 @@
 
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
 
+use super::compression::Compression;
 use super::events::*;
 
 /// A guest of 2 GiB that was moved.
@@ -44,6 +45,14 @@ pub(super) fn summary() -> Summary {
         wire_bytes: 1202 << 20,
         zero_copy: ZeroCopy::Copied,
         zero_copy_reason: None,
+        compression: Some(Compression {
+            codec: Some("lz4".into()),
+            reason: "300 MiB/s against 110 MiB/s before".into(),
+            raw_bytes: 900 << 20,
+            packed_bytes: 300 << 20,
+            ratio: Some(3.0),
+            seconds: 1.25,
+        }),
         brownout_ms: Some(512.25),
         blackout_ms: Some(31.25),
         blackout_predicted_ms: Some(29.0),
@@ -109,6 +118,7 @@ pub(super) fn refused() -> Summary {
         zero_bytes: 0,
         wire_bytes: 0,
         zero_copy: ZeroCopy::Off,
+        compression: None,
         brownout_ms: None,
         blackout_ms: None,
         blackout_predicted_ms: None,

@@ -7,6 +7,7 @@ use super::cut::{Heard, LanesLost, NewLanes, Rejoin};
 use super::frame::MalformedWhat;
 use super::recover::{Recover, Recovered};
 use crate::bitmap::DirtySet;
+use crate::codec::CodecName;
 use crate::ids::{RoundIndex, SessionId};
 use crate::lane::LanePath;
 use crate::limits;
@@ -152,6 +153,9 @@ pub struct LaneOffer {
     /// They are encrypted, or not opened.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub encrypt: bool,
+    /// Codecs the source would pack chunks with; none of a source that packs nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub codecs: Vec<CodecName>,
 }
 
 /// Times the target should know.
@@ -172,6 +176,9 @@ pub struct Choice {
     /// control connection leads to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rdma_port: Option<u16>,
+    /// Of the codecs offered, those the target unpacks; none of a target that knows none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub codecs: Vec<CodecName>,
 }
 
 /// The right to open one lane.

@@ -7,7 +7,8 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use pageferry_datapath::control::{Message, MessageKind, encode};
+use pageferry_datapath::codec::CodecName;
+use pageferry_datapath::control::{Choice, Message, MessageKind, encode};
 
 use crate::frames::{PREFIX_BYTES, decode_all, frame};
 use crate::messages::examples;
@@ -77,6 +78,19 @@ fn what_older_peers_leave_out_is_taken_as_they_meant_it() {
     let (messages, error) = decode_all(&frame(MessageKind::Running as u8, header, b""));
     assert_eq!(error, None);
     assert!(matches!(messages[..], [Message::Running(running)] if running.late_us == 0));
+}
+
+#[test]
+fn codecs_stand_in_offer_and_choice_where_there_are_any() {
+    let choice = br#"{"codecs":["lz4","zstd","brotli"],"lanes":[{"cpu":null,"path":"tcp-plain","ticket":"TICKET"}],"refused":[]}"#;
+    let choice = String::from_utf8_lossy(choice).replace("TICKET", &"00".repeat(32));
+    let (messages, error) = decode_all(&frame(MessageKind::Choice as u8, choice.as_bytes(), b""));
+    assert_eq!(error, None);
+    let [Message::Choice(got)] = &messages[..] else { panic!("{messages:?}") };
+    assert_eq!(got.codecs, [CodecName::Lz4, CodecName::Zstd, CodecName::Unknown]);
+    let known = Choice { codecs: vec![CodecName::Lz4, CodecName::Zstd], ..got.clone() };
+    let line = line(&Message::Choice(known));
+    assert!(line.contains(r#"{"codecs":["lz4","zstd"],"lanes":"#), "{line}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Messages: one well-filled example of each kind, and any that an honest peer could send.
 
+use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::control::{
     Abort, AbortReason, Choice, DigestReport, Heard, Hello, LaneOffer, LaneTicket, LanesLost,
     Message, MessageKind, NewLanes, Offer, Recover, Recovered, Refused, RegionOffer, Rejoin,
@@ -98,6 +99,7 @@ fn offer() -> Offer {
             paths: vec![LanePath::TcpUring, LanePath::TcpPlain],
             cpus: 2,
             encrypt: false,
+            codecs: vec![],
         },
         tracker: "uffd-two-phase".into(),
         target_qmp: Some("/run/target.qmp".into()),
@@ -120,6 +122,7 @@ fn choice() -> Choice {
         ],
         refused: vec![Refused { what: "rdma".into(), reason: "no device at the target".into() }],
         rdma_port: None,
+        codecs: vec![],
     }
 }
 
@@ -230,8 +233,20 @@ fn any_region() -> impl Strategy<Value = RegionOffer> {
 }
 
 fn any_offer() -> impl Strategy<Value = Offer> {
-    let lanes = (option::of(any::<u16>()), vec(any_path(), 0..4), any::<u16>(), any::<bool>())
-        .prop_map(|(count, paths, cpus, encrypt)| LaneOffer { count, paths, cpus, encrypt });
+    let lanes = (
+        option::of(any::<u16>()),
+        vec(any_path(), 0..4),
+        any::<u16>(),
+        any::<bool>(),
+        any_codecs(),
+    )
+        .prop_map(|(count, paths, cpus, encrypt, codecs)| LaneOffer {
+            count,
+            paths,
+            cpus,
+            encrypt,
+            codecs,
+        });
     let names = (text(), text(), text(), option::of(text()));
     (vec(any_region(), 1..6), names, lanes, any::<bool>(), any::<u64>()).prop_map(
         |(regions, (monitor, machine, tracker, target_qmp), lanes, verify, downtime_ms)| Offer {
@@ -247,6 +262,10 @@ fn any_offer() -> impl Strategy<Value = Offer> {
     )
 }
 
+fn any_codecs() -> impl Strategy<Value = Vec<CodecName>> {
+    vec(prop_oneof![Just(CodecName::Lz4), Just(CodecName::Zstd)], 0..3)
+}
+
 fn any_choice() -> impl Strategy<Value = Choice> {
     let tickets = (any::<[u8; 32]>(), option::of(any::<[u8; 32]>()));
     let lane = (any_path(), tickets, option::of(any::<u16>())).prop_map(
@@ -258,6 +277,7 @@ fn any_choice() -> impl Strategy<Value = Choice> {
         },
     );
     let refused = (text(), text()).prop_map(|(what, reason)| Refused { what, reason });
-    (vec(lane, 1..9), vec(refused, 0..4), option::of(any::<u16>()))
-        .prop_map(|(lanes, refused, rdma_port)| Choice { lanes, refused, rdma_port })
+    (vec(lane, 1..9), vec(refused, 0..4), option::of(any::<u16>()), any_codecs()).prop_map(
+        |(lanes, refused, rdma_port, codecs)| Choice { lanes, refused, rdma_port, codecs },
+    )
 }

@@ -53,7 +53,13 @@ pub(crate) fn offer(verify: bool) -> Offer {
         regions: vec![region],
         monitor: String::new(),
         machine: String::new(),
-        lanes: LaneOffer { count: None, paths: Vec::new(), cpus: 1, encrypt: false },
+        lanes: LaneOffer {
+            count: None,
+            paths: Vec::new(),
+            cpus: 1,
+            encrypt: false,
+            codecs: Vec::new(),
+        },
         tracker: String::new(),
         target_qmp: None,
         verify,
@@ -64,7 +70,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
 pub(crate) fn choice() -> Choice {
     let lane =
         LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
-    Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None }
+    Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None, codecs: Vec::new() }
 }
 
 pub(crate) fn failure() -> Failure {

@@ -34,7 +34,13 @@ pub(crate) fn offer(verify: bool) -> Offer {
         regions: SHAPE.into_iter().map(region).collect(),
         monitor: String::new(),
         machine: String::new(),
-        lanes: LaneOffer { count: None, paths: vec![LanePath::TcpPlain], cpus: 1, encrypt: false },
+        lanes: LaneOffer {
+            count: None,
+            paths: vec![LanePath::TcpPlain],
+            cpus: 1,
+            encrypt: false,
+            codecs: vec![],
+        },
         tracker: String::new(),
         target_qmp: None,
         verify,
@@ -45,7 +51,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
 pub(crate) fn choice(lanes: usize) -> Choice {
     let lane =
         LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
-    Choice { lanes: vec![lane; lanes], refused: Vec::new(), rdma_port: None }
+    Choice { lanes: vec![lane; lanes], refused: Vec::new(), rdma_port: None, codecs: vec![] }
 }
 
 /// Any message of this kind that decodes, with numbers that may be wrong.

@@ -119,7 +119,13 @@ pub(crate) fn offer(verify: bool) -> Offer {
         }],
         monitor: String::new(),
         machine: String::new(),
-        lanes: LaneOffer { count: None, paths: vec![LanePath::TcpPlain], cpus: 1, encrypt: false },
+        lanes: LaneOffer {
+            count: None,
+            paths: vec![LanePath::TcpPlain],
+            cpus: 1,
+            encrypt: false,
+            codecs: vec![],
+        },
         tracker: String::new(),
         target_qmp: None,
         verify,
@@ -130,7 +136,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
 pub(crate) fn choice() -> Choice {
     let lane =
         LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
-    Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None }
+    Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None, codecs: vec![] }
 }
 
 pub(crate) fn digest(number: u64) -> MemoryDigest {

@@ -97,6 +97,7 @@ impl RdmaPool {
                 progress_wait: plan.progress_wait,
                 events: events.clone(),
                 counters: Arc::clone(&pool.counters),
+                pacer: Arc::clone(&plan.pacer),
             };
             let worker = thread::Builder::new()
                 .name(format!("source-lane-{}", lane.lane))

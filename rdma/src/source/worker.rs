@@ -19,13 +19,14 @@ use pageferry_datapath::framing::FramingError;
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneEvent, LaneStats};
 use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
+use pageferry_datapath::pace::{Pacer, clock};
 use pageferry_datapath::work::RoundWork;
 use pageferry_datapath::zero::Sorted;
 
 use super::{Command, PoolCounters};
 use crate::connection::Dialled;
 use crate::error::RdmaError;
-use crate::limits::{CLOSE_WAIT_MAX, IN_FLIGHT_BYTES_MAX, ZERO_BYTES_MAX};
+use crate::limits::{CLOSE_WAIT_MAX, IN_FLIGHT_BYTES_MAX, PACE_TICK, ZERO_BYTES_MAX};
 use crate::line::Line;
 use crate::message::{Message, RUNS_MAX, SliceKey};
 use crate::qp_sys::{RemoteAddr, Write};
@@ -40,6 +41,7 @@ pub(super) struct Setup {
     pub(super) progress_wait: Duration,
     pub(super) events: Sender<LaneEvent>,
     pub(super) counters: Arc<PoolCounters>,
+    pub(super) pacer: Arc<Pacer>,
 }
 
 /// Serves commands until the lane ends; the body of a worker's thread.
@@ -124,7 +126,8 @@ impl Worker {
     /// Moves batches until the round has no more, then waits until all of them are placed.
     fn round(&mut self, work: &RoundWork) -> Result<(), RdmaError> {
         loop {
-            work.next_batch(&mut self.batch);
+            let bytes = self.setup.pacer.piece_bytes();
+            work.next_batch_within(&mut self.batch, BATCH_EXTENTS_MAX, bytes);
             if self.batch.is_empty() {
                 break;
             }
@@ -133,6 +136,7 @@ impl Worker {
             let sorted = self.sorted.sort(self.registered.memory(), &self.batch);
             sorted.map_err(RdmaError::OutsideMemory)?;
             self.name_zeros()?;
+            self.pace()?;
             self.write_batch()?;
         }
         self.tell_zeros()?;
@@ -142,6 +146,20 @@ impl Worker {
         self.unacked.clear();
         self.say(LaneEvent::Placed { lane: self.setup.lane, round: work.round() });
         Ok(())
+    }
+
+    /// Waits until the batch may go, where lanes are held to a rate.
+    fn pace(&mut self) -> Result<(), RdmaError> {
+        let bytes = self.sorted.data.iter().map(|extent| extent.len).sum();
+        let piece = self.setup.pacer.reserve(clock(), bytes);
+        loop {
+            self.line.stop().check()?;
+            let wait = self.setup.pacer.wait(clock(), piece);
+            if wait.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(wait.min(PACE_TICK));
+        }
     }
 
     /// Adds the batch's zero pages to those that the target will be told of; when it is time, tells.

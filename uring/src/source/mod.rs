@@ -4,6 +4,9 @@
 //! talks to a worker through a channel, and stops it by stopping its [`Line`].
 
 mod connect;
+mod cpu_watch;
+mod pacing;
+mod packing;
 mod worker;
 
 use std::sync::Arc;
@@ -14,6 +17,8 @@ use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
 
+use self::pacing::LanePacing;
+use self::packing::{LanePacking, Policy};
 use crate::plan::ConnectPlan;
 use crate::wire::Line;
 use crate::worker::{Start, Worker};
@@ -60,7 +65,9 @@ impl LanePool {
     ) -> Result<Self, LaneError> {
         let counters = Arc::new(PoolCounters::default());
         let mut pool = Self { lanes: Vec::with_capacity(plan.lanes.len()), counters };
-        for (lane, line) in plan.lanes.iter().zip(connect::connect_all(plan)?) {
+        let policy = Arc::new(Policy::new(&plan.packing, plan.lanes.len()));
+        let lines = connect::connect_all(plan)?;
+        for (place, (lane, line)) in plan.lanes.iter().zip(lines).enumerate() {
             let line = Arc::new(line);
             let (commands, inbox) = crossbeam_channel::unbounded();
             let setup = worker::Setup {
@@ -69,6 +76,8 @@ impl LanePool {
                 memory: memory.clone(),
                 events: events.clone(),
                 counters: Arc::clone(&pool.counters),
+                packing: LanePacking::new(Arc::clone(&policy), place),
+                pacing: LanePacing::new(Arc::clone(&plan.pacer)),
             };
             let start = Start {
                 end: "source",

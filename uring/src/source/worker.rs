@@ -3,25 +3,30 @@
 //! Owns its wire and the list of what is not acknowledged yet. Runs on its own thread, pinned if
 //! the plan says so; ends after a close, a stop or the first error.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
+use pageferry_datapath::codec::Codec;
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::{Ack, LaneWriter};
+use pageferry_datapath::governor::Sent;
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
-use pageferry_datapath::limits::BATCH_EXTENTS_MAX;
+use pageferry_datapath::limits::{BATCH_EXTENTS_MAX, CHUNKS_MAX};
 use pageferry_datapath::priority::GivesWay;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
 use pageferry_datapath::zero::Sorted;
 
+use super::pacing::LanePacing;
+use super::packing::LanePacking;
 use super::{Command, PoolCounters};
 use crate::limits;
 use crate::stats::{Tally, record};
-use crate::sys::{Order, Parcel};
+use crate::sys::{self, Order, Parcel};
 use crate::wire::{Line, Wire, WireError};
 
 /// What a worker works on.
@@ -32,6 +37,8 @@ pub(super) struct Setup {
     pub(super) memory: GuestMemory,
     pub(super) events: Sender<LaneEvent>,
     pub(super) counters: Arc<PoolCounters>,
+    pub(super) packing: LanePacking,
+    pub(super) pacing: LanePacing,
 }
 
 /// Serves commands until the lane ends; the body of a worker's thread.
@@ -52,8 +59,9 @@ pub(super) fn run(
         tally: Tally::new(),
     };
     worker.serve(commands);
-    let Worker { setup, wire, tally, .. } = worker;
+    let Worker { setup, wire, mut tally, .. } = worker;
     setup.line.hang_up();
+    tally.packing = setup.packing.finish();
     wire.finish(&setup.line, tally, cpu)
 }
 
@@ -103,19 +111,23 @@ impl Worker {
 
     /// Moves batches until the round has no more, then waits until all of them are placed.
     fn round(&mut self, work: &RoundWork) -> Result<(), Ended> {
-        match work.round() {
-            RoundIndex(0) => self.gives_way.begin(),
-            _ => self.gives_way.end(),
-        }
+        self.setup.packing.round_begins();
+        let extents = match self.setup.packing.may_pack() {
+            true => BATCH_EXTENTS_MAX - CHUNKS_MAX,
+            false => BATCH_EXTENTS_MAX,
+        };
         loop {
-            work.next_batch(&mut self.batch);
+            let codec = self.setup.packing.codec();
+            self.yield_to_guest(work.round(), codec);
+            let bytes = self.setup.pacing.piece_bytes();
+            work.next_batch_within(&mut self.batch, extents, bytes);
             if self.batch.is_empty() {
                 break;
             }
             // Noted before it is sent: a batch that fails half-way may be half placed.
             note(&mut self.unacked, &self.batch);
             let start = Instant::now();
-            let bytes = self.send_batch()?;
+            let bytes = self.send_batch(codec)?;
             record(&mut self.tally.batch_ns, start);
             let zero_bytes = self.sorted.zero_bytes();
             self.tally.moved_bytes += bytes;
@@ -131,18 +143,41 @@ impl Worker {
         Ok(())
     }
 
-    fn send_batch(&mut self) -> Result<u64, Ended> {
+    /// Packing takes time that the guest may want; only while it stands still nothing else counts.
+    fn yield_to_guest(&mut self, round: RoundIndex, codec: Option<Codec>) {
+        let packs = codec.is_some() && !self.setup.pacing.is_hurried();
+        match round {
+            RoundIndex(0) => self.gives_way.begin(),
+            _ if packs => self.gives_way.begin(),
+            _ => self.gives_way.end(),
+        }
+    }
+
+    fn send_batch(&mut self, codec: Option<Codec>) -> Result<u64, Ended> {
         let lane = self.setup.lane;
         let outside = |source| Ended::Failed(LaneError::OutsideMemory { lane, source });
         self.sorted.sort(&self.setup.memory, &self.batch).map_err(outside)?;
+        let raw_bytes = self.sorted.data.iter().map(|extent| extent.len).sum();
         let mut parcel = self.blank()?;
+        let Setup { packing, memory, .. } = &mut self.setup;
+        packing.pack(codec, memory, &mut self.sorted, &mut parcel).map_err(outside)?;
         for &extent in &self.sorted.data {
             parcel.push(self.setup.memory.lease(extent).map_err(outside)?);
         }
-        self.writer.batch(&self.sorted.data, &self.sorted.zero, parcel.header_mut());
-        let bytes = parcel.leased_bytes();
+        self.writer.sorted(&self.sorted, parcel.header_mut());
+        let wire_bytes = parcel.total_bytes();
+        let lanes = self.setup.counters.alive.load(Ordering::Relaxed);
+        let paced = self.setup.pacing.wait(&self.setup.line, lanes, wire_bytes);
+        paced.map_err(|error| self.ended(error))?;
+        let start = Instant::now();
         self.send(parcel)?;
-        Ok(bytes)
+        if self.setup.packing.is_governed() {
+            let acked_bytes = sys::acked_bytes(self.setup.line.socket().as_fd());
+            let sending = start.elapsed();
+            let sent = Sent { raw_bytes, wire_bytes, sending, acked_bytes, ..Sent::default() };
+            self.setup.packing.sent(sent);
+        }
+        Ok(raw_bytes)
     }
 
     fn barrier(&mut self, round: RoundIndex) -> Result<(), Ended> {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Greeting, Reply, Ticket};
 use pageferry_datapath::ids::{LaneId, RegionIndex, RoundIndex, SessionId};
@@ -108,6 +109,15 @@ pub(crate) fn fill(region: &Arc<Region>, extent: Extent, salt: u64) {
     }
 }
 
+/// Writes pages that a codec makes a third of: noise, and twice as much of one byte.
+pub(crate) fn fill_thirds(region: &Arc<Region>, extent: Extent, salt: u64) {
+    fill(region, extent, salt);
+    let lease = region.lease(extent.offset, extent.len).expect("lease");
+    for at in (0..extent.len).step_by(4096) {
+        lease.copy_in(at + 4096 / 3, &[salt as u8 | 1; 4096 * 2 / 3]).expect("fill");
+    }
+}
+
 /// All bytes of a region.
 pub(crate) fn contents(region: &Arc<Region>) -> Vec<u8> {
     let mut bytes = vec![0; region.len() as usize];
@@ -200,7 +210,8 @@ impl Session {
         let acceptor = Acceptor::new(lanes);
         let (source_events, at_source) = crossbeam_channel::unbounded();
         let (target_events, at_target) = crossbeam_channel::unbounded();
-        let config = TargetLaneConfig { path: target_path, ..TargetLaneConfig::default() };
+        let codecs = CodecName::ALL.to_vec();
+        let config = TargetLaneConfig { path: target_path, codecs, ..TargetLaneConfig::default() };
         let mut plan = acceptor.plan(source_path);
         change(&mut plan);
         let (pool, targets) = std::thread::scope(|scope| {

@@ -175,6 +175,7 @@ impl<'a> Agent<'a> {
                     paths: options.lanes.paths(),
                     cpus: options.lanes.cpus.len() as u16,
                     encrypt: options.lanes.encrypt,
+                    codecs: options.lanes.compress.offered(),
                 },
                 tracker: facts.tracker.0.clone(),
                 target_qmp: options.target_qmp.clone(),
@@ -321,9 +322,11 @@ impl<'a> Agent<'a> {
             }
             Command::Pause => {
                 self.monitor.pause()?;
+                self.mover.hurry(true);
                 Some(Input::Paused)
             }
             Command::Resume => {
+                self.mover.hurry(false);
                 self.monitor.resume()?;
                 Some(Input::Resumed)
             }

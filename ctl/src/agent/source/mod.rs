@@ -7,6 +7,7 @@
 
 mod agent;
 mod mover;
+pub mod overseen;
 mod state_relay;
 mod tracking;
 

@@ -283,6 +283,11 @@ impl Mover {
         }
     }
 
+    /// The guest stands still, or runs again: nothing is held back meanwhile.
+    pub(super) fn hurry(&self, hurry: bool) {
+        self.wanted.pacer.hurry(hurry);
+    }
+
     /// Cores that the lanes may use.
     pub(super) fn cpus(&self) -> usize {
         self.wanted.cpus.len()

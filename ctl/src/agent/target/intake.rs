@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
+use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::control::{AbortReason, Choice, LaneTicket, LanesLost, NewLanes, Offer};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
@@ -19,6 +20,7 @@ use pageferry_datapath::target::Input;
 use pageferry_uring::target::TargetLane;
 
 use super::super::acceptor::ArrivingLane;
+use super::super::compress::accepted_codecs;
 use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
 use super::super::rdma::{self, RdmaTarget};
@@ -41,6 +43,7 @@ pub(super) struct Intake {
     encrypted: bool,
     /// Of each lane, the core of its worker.
     cpus: Vec<Option<u16>>,
+    codecs: Vec<CodecName>,
     lanes: Vec<Option<Taken>>,
     events: Receiver<LaneEvent>,
     to_events: Sender<LaneEvent>,
@@ -65,6 +68,7 @@ impl Intake {
             tickets: None,
             encrypted: false,
             cpus: Vec::new(),
+            codecs: Vec::new(),
             lanes: Vec::new(),
             events,
             to_events,
@@ -148,7 +152,8 @@ impl Intake {
             _ => Vec::new(),
         };
         let rdma_port = self.rdma.as_ref().filter(|_| stays).map(RdmaTarget::port);
-        let choice = Choice { lanes, refused: Vec::new(), rdma_port };
+        let codecs = self.codecs.clone();
+        let choice = Choice { lanes, refused: Vec::new(), rdma_port, codecs };
         Some(NewLanes { choice, round_placed, placed })
     }
 
@@ -192,6 +197,7 @@ impl Intake {
             }
             Err(why) => (lanes::tcp_path_for(&offer.lanes.paths), Some(why)),
         };
+        self.codecs = accepted_codecs(&offer.lanes);
         let cpus = &self.wanted.cpus;
         let cpu_of = |lane| cpus.get(lane % cpus.len().max(1)).map(|cpu| *cpu as u16);
         self.cpus = (0..usize::from(count)).map(cpu_of).collect();
@@ -202,6 +208,7 @@ impl Intake {
             lanes,
             refused: lanes::refused(&offer.lanes, path, no_rdma.as_deref()),
             rdma_port: self.rdma.as_ref().map(RdmaTarget::port),
+            codecs: self.codecs.clone(),
         })
     }
 
@@ -243,7 +250,7 @@ impl Intake {
                 return Ok(());
             }
         };
-        let config = self.wanted.target_config(cpu, self.same_host);
+        let config = self.wanted.target_config(cpu, self.same_host, &self.codecs);
         let Some(stream) = lane.reply(Reply::Accepted) else { return Ok(()) };
         let id = LaneId(index as u16);
         let events = self.to_events.clone();

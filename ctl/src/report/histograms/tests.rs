@@ -4,7 +4,7 @@
 
 use std::fs;
 
-use pageferry_datapath::lane::{LanePath, ZeroCopy};
+use pageferry_datapath::lane::{LanePath, Packing, ZeroCopy};
 use tempfile::TempDir;
 
 use super::*;
@@ -59,6 +59,7 @@ fn what_lanes_and_scans_counted_is_all_there() {
         zero_bytes: 0,
         wire_bytes: 1,
         sealing: None,
+        packing: Packing::default(),
         syscalls: 1,
         cpu_ns: 1,
         barrier_ns: batch_ns.clone(),
