@@ -127,6 +127,9 @@ fn messages_pass_both_ways_at_once_however_large() -> Outcome {
     let acceptor = target(&dir)?;
     let source = call(&acceptor, &caller(&dir))?;
     let target = admitted(&acceptor)?;
+    // What either side says first is short.
+    target.send(&Message::Prepare)?;
+    assert_eq!(source.receive(SOON)?, Message::Prepare);
     let chunk = Message::DeviceState((0..200_000u32).map(|n| n as u8).collect());
     let (to_heard, heard) = crossbeam_channel::unbounded();
     for link in [&source, &target] {
