@@ -25,6 +25,7 @@ use serde_json::Value;
 
 use crate::bandwidth::Bandwidth;
 use crate::limits;
+use crate::privileges;
 
 /// What an agent can be asked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -159,7 +160,10 @@ impl Admin {
         let stopping = Arc::clone(&stop);
         let thread = thread::Builder::new()
             .name("pf-admin".into())
-            .spawn(move || serve(&listener, &stopping, &answer))
+            .spawn(move || {
+                privileges::drop_on_this_thread(&[]);
+                serve(&listener, &stopping, &answer)
+            })
             .map_err(host("clone", &path))?;
         Ok(Self { path, stop, thread: Some(thread) })
     }
