@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 
 use crate::agent::allow::Rule;
 use crate::agent::lanes::{Pin, Transport};
@@ -121,6 +122,10 @@ pub struct TargetArgs {
     #[command(flatten)]
     #[allow(missing_docs)] // Documented at each of its fields; words here would be help.
     pub tls: TlsArgs,
+    /// Take lanes in at the addresses in this network, as 10.1.0.0/16; given several times, the first
+    /// is liked best. Default: at every address that --listen covers.
+    #[arg(long, value_name = "CIDR")]
+    pub network: Vec<IpNet>,
     /// Cores the lanes may use, like 0-3,8. Default: chosen from the machine.
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
@@ -189,6 +194,10 @@ pub struct MigrateArgs {
     /// Number of lanes. Default: chosen from both machines.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub lanes: Option<u16>,
+    /// Spread lanes over the NICs in this network, as 10.1.0.0/16; given several times, the first is
+    /// liked best. Default: every pair of NICs of the two hosts that can talk.
+    #[arg(long, value_name = "CIDR")]
+    pub network: Vec<IpNet>,
     /// Cores the lanes may use, like 0-3,8. Default: chosen from the machine.
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,

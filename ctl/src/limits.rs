@@ -97,6 +97,33 @@ pub const SUPERSEDING_LOOKS_EVERY: Duration = Duration::from_millis(500);
 /// be opened.
 pub const LANES_AGAIN_PAUSE: Duration = Duration::from_millis(300);
 
+/// Rails of one migration; hosts with more NICs for migrations are rare, and lanes are few.
+pub const RAILS_MAX: usize = 8;
+
+/// Addresses that a target offers: what is told to a source stays short.
+pub const RAIL_ADDRESSES_MAX: usize = 64;
+
+/// Pairs of NICs that are tried, all at once, each on a thread.
+pub const RAIL_PAIRS_MAX: usize = 32;
+
+/// A rail answers within this or is not used: hosts that migrate are near each other, and lanes that
+/// have to be opened again in the middle of a round wait for it.
+pub const RAIL_ANSWERS_WITHIN: Duration = Duration::from_millis(500);
+
+/// Between two looks whether a rail that is away answers again.
+pub const RAIL_LOOKS_EVERY: Duration = Duration::from_secs(1);
+
+/// A lane without progress for this long has failed where there are other rails: TCP sends a lost
+/// packet again after 0.2, 0.6, 1.4 and 3 s, so that a rail which loses one now and then is not
+/// thought dead.
+pub const RAIL_PROGRESS_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// How long a rail whose lanes failed is left alone; each time twice as long as before.
+pub const RAIL_PAUSE_MIN: Duration = Duration::from_secs(1);
+
+/// The same at most.
+pub const RAIL_PAUSE_MAX: Duration = Duration::from_secs(60);
+
 /// How long an answer to the question after a session may take: the target may have to let its guest
 /// run, or to end a session, first.
 pub const RECOVER_ANSWER_MAX: Duration = Duration::from_secs(10);

@@ -110,6 +110,8 @@ fn options(args: &MigrateArgs) -> SourceOptions {
             pin: args.pin,
             count: args.lanes,
             cpus: cpus(args.cpus.as_ref()),
+            networks: args.network.clone(),
+            everywhere: false,
             path: path(args.no_io_uring),
             zero_copy: match args.zero_copy {
                 ZeroCopyChoice::Auto => ZeroCopyWish::Try,
@@ -287,6 +289,9 @@ fn summary(
         wire_bytes: result.lanes.iter().map(|lane| lane.wire_bytes).sum(),
         zero_copy: zero_copy(&result.lanes),
         zero_copy_reason: zero_copy_reason(&result.lanes),
+        rails: result.rails.clone(),
+        cuts_ms: result.cuts.iter().copied().map(ms).collect(),
+        lanes_renewed: result.lanes_renewed,
         compression: Compression::of(&result.lanes),
         brownout_ms: timeline.brownout().map(ms),
         blackout_ms: timeline.blackout().map(ms),

@@ -57,6 +57,8 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
             pin: args.pin,
             count: Some(args.lanes_max),
             cpus: cpus(args.cpus.as_ref()),
+            networks: args.network.clone(),
+            everywhere: acceptor.address().ip().is_unspecified(),
             path: path(args.no_io_uring),
             zero_copy: ZeroCopyWish::Not("a target sends nothing"),
             encrypt: args.encrypt,

@@ -229,6 +229,22 @@ pub enum LaneError {
     },
 }
 
+impl LaneError {
+    /// Which lane.
+    pub fn lane(&self) -> LaneId {
+        match self {
+            Self::PeerMisbehaved { lane, .. }
+            | Self::WrongAck { lane }
+            | Self::Refused { lane, .. }
+            | Self::OutsideMemory { lane, .. }
+            | Self::PeerClosed { lane }
+            | Self::Host { lane, .. }
+            | Self::Transport { lane, .. }
+            | Self::Timeout { lane, .. } => *lane,
+        }
+    }
+}
+
 /// A source's open lanes, whatever they run on.
 pub trait SourceLanes: Send {
     /// Number of lanes that are alive.

@@ -104,7 +104,10 @@ impl Agent {
         let listen = address(host);
         let state = workplace.file(&format!("{name}.state")).display().to_string();
         let qmp = qemu.qmp().display().to_string();
-        let mut args = vec!["target", "--listen", &listen, "--qmp", &qmp, "--once", "--json"];
+        let mut args = vec!["target", "--qmp", &qmp, "--once", "--json"];
+        if !more.contains(&"--listen") {
+            args.extend(["--listen", &listen]);
+        }
         args.extend(["--state-dir", &state]);
         if !more.contains(&"--reconnect-timeout") {
             args.extend(["--reconnect-timeout", RECONNECT_TIMEOUT_S]);

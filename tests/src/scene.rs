@@ -107,11 +107,20 @@ impl Scene {
         more: &[&str],
         seconds: &str,
     ) -> Result<(Agent, Agent), LabError> {
+        self.agents_told(waiting, more, &["--reconnect-timeout", seconds])
+    }
+
+    /// Both agents; the target is told something too.
+    pub fn agents_told(
+        &self,
+        waiting: &Qemu,
+        more: &[&str],
+        told: &[&str],
+    ) -> Result<(Agent, Agent), LabError> {
         let (from, to) = (self.here(), self.there());
         let attempt = self.attempts.load(Ordering::Relaxed);
         let name = |role: &str| format!("{role}-{attempt}");
-        let patience = ["--reconnect-timeout", seconds];
-        let target = Agent::target(&self.workplace, Some(to), &name("target"), waiting, &patience)?;
+        let target = Agent::target(&self.workplace, Some(to), &name("target"), waiting, told)?;
         let source = Agent::source(
             &self.workplace,
             Some(from),

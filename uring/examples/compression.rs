@@ -142,7 +142,7 @@ fn move_once(
         lane: LaneId(lane),
         ticket: Ticket([1; 32]),
         cpu: None,
-        bind: None,
+        route: None,
     });
     let plan = ConnectPlan {
         packing: packing.clone(),

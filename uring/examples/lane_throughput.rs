@@ -211,7 +211,7 @@ fn move_once(
         lane: LaneId(lane as u16),
         ticket,
         cpu: placed.source(lane),
-        bind: None,
+        route: None,
     });
     let mut plan = ConnectPlan::new(listener.local_addr()?, session, lanes.collect());
     (plan.path, plan.zero_copy, plan.tuning) = (source, zero_copy, variant.tuning);

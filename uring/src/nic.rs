@@ -14,6 +14,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 
+use ipnet::IpNet;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,8 @@ pub struct Nic {
     pub name: String,
     /// Its addresses, without link-local ones.
     pub addresses: Vec<IpAddr>,
+    /// The same with the networks they are in.
+    pub networks: Vec<IpNet>,
     /// Set up and with a carrier.
     pub is_up: bool,
     /// The loopback interface.
@@ -130,7 +133,14 @@ impl Nic {
         for interface in interfaces {
             let link = links.entry(interface.interface_name).or_default();
             link.flags |= interface.flags;
-            link.addresses.extend(interface.address.as_ref().and_then(ip).filter(is_routable));
+            let address = interface.address.as_ref().and_then(ip).filter(is_routable);
+            let mask = interface.netmask.as_ref().and_then(ip);
+            link.addresses.extend(address);
+            link.networks.extend(
+                address
+                    .zip(mask)
+                    .and_then(|(address, mask)| IpNet::with_netmask(address, mask).ok()),
+            );
         }
         Ok(links
             .into_iter()
@@ -152,10 +162,11 @@ impl Nic {
         let megabits = text(class.join("speed")).and_then(|text| text.parse::<u64>().ok());
         Self {
             name: name.to_owned(),
-            is_up: link.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING),
+            is_up: link.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_LOWER_UP),
             is_loopback: link.flags.contains(InterfaceFlags::IFF_LOOPBACK),
             is_virtual: !device.exists(),
             addresses: link.addresses,
+            networks: link.networks,
             driver: ethtool.driver(name).ok().or_else(|| link_name(&device.join("driver"))),
             numa_node: text(device.join("numa_node"))
                 .or_else(|| text(pci.as_ref()?.join("numa_node")))
@@ -170,6 +181,13 @@ impl Nic {
     }
 }
 
+/// Interfaces that are up and have a carrier.
+pub fn running() -> io::Result<Vec<String>> {
+    let ready = InterfaceFlags::IFF_UP | InterfaceFlags::IFF_LOWER_UP;
+    let interfaces = getifaddrs()?.filter(|interface| interface.flags.contains(ready));
+    Ok(interfaces.map(|interface| interface.interface_name).collect())
+}
+
 /// What the network namespace says of an interface.
 #[derive(Clone, Debug)]
 pub struct Link {
@@ -177,11 +195,13 @@ pub struct Link {
     pub flags: InterfaceFlags,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// The same with the networks they are in.
+    pub networks: Vec<IpNet>,
 }
 
 impl Default for Link {
     fn default() -> Self {
-        Self { flags: InterfaceFlags::empty(), addresses: Vec::new() }
+        Self { flags: InterfaceFlags::empty(), addresses: Vec::new(), networks: Vec::new() }
     }
 }
 

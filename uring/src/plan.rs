@@ -80,8 +80,19 @@ pub struct LanePlan {
     pub ticket: Ticket,
     /// The core to pin its worker to.
     pub cpu: Option<usize>,
+    /// Where it leads and through which NIC, if not where the system's routes lead it.
+    pub route: Option<LaneRoute>,
+}
+
+/// The way of one lane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaneRoute {
+    /// The NIC it goes out of, whatever the system's routes say.
+    pub device: String,
     /// Local address to connect from; port 0 lets the kernel choose one.
-    pub bind: Option<SocketAddr>,
+    pub from: SocketAddr,
+    /// Where the target takes it in.
+    pub to: SocketAddr,
 }
 
 /// How lanes are encrypted.

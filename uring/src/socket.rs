@@ -13,16 +13,22 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-use crate::plan::SocketTuning;
+use crate::plan::{LaneRoute, SocketTuning};
 
 /// Congestion control that paces nothing and that every system allows every user.
 const UNPACED: &str = "reno";
+
+/// Whether somebody listens at the end of `route`, and can be reached through its NIC: connects, says
+/// nothing, and hangs up.
+pub fn reaches(route: &LaneRoute, within: Duration) -> bool {
+    open(route.to, Some(route), SocketTuning::default(), within).is_ok()
+}
 
 /// Connects, tuned before the handshake: the buffers decide about the window, and a congestion
 /// control that has begun to pace leaves its pacing behind when it is replaced.
 pub(crate) fn open(
     addr: SocketAddr,
-    local: Option<SocketAddr>,
+    route: Option<&LaneRoute>,
     tuning: SocketTuning,
     wait: Duration,
 ) -> io::Result<TcpStream> {
@@ -32,8 +38,14 @@ pub(crate) fn open(
     // Linux ends a blocking connect after this time.
     let timeout = TimeVal::new(wait.as_secs() as i64, wait.subsec_micros().into());
     setsockopt(&fd, sockopt::SendTimeout, &timeout)?;
-    if let Some(local) = local {
-        bind(fd.as_raw_fd(), &SockaddrStorage::from(local))?;
+    if let Some(route) = route {
+        // Of two NICs in one subnet the system's routes would take the same for all lanes. Where
+        // this is not allowed, the local address alone has to do.
+        let device = OsString::from(&route.device);
+        if let Err(errno) = setsockopt(&fd, sockopt::BindToDevice, &device) {
+            tracing::debug!(%errno, route.device, "a lane is not bound to its NIC");
+        }
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(route.from))?;
     }
     connect(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
     Ok(TcpStream::from(fd))

@@ -155,7 +155,9 @@ fn accept_all(listener: &TcpListener, door: &Door, arrivals: &Sender<Arrival>) {
         // Where no thread can be started, the connection and its count are dropped with it.
         let _more_may_come = thread::Builder::new().name("pf-greet".into()).spawn(move || {
             privileges::drop_on_this_thread(&[]);
-            let _nobody_listens_after_the_end = to_arrivals.send(greet(stream, from, &door));
+            if let Some(arrival) = greet(stream, from, &door) {
+                let _nobody_listens_after_the_end = to_arrivals.send(arrival);
+            }
             drop(counted);
         });
     }
@@ -195,30 +197,32 @@ impl Drop for Counted {
     }
 }
 
-fn greet(stream: TcpStream, from: SocketAddr, door: &Door) -> Arrival {
+/// What a connection is; nothing, if it says nothing and goes: a source looks so whether it reaches us.
+fn greet(stream: TcpStream, from: SocketAddr, door: &Door) -> Option<Arrival> {
     let deadline = Instant::now() + GREETING_WAIT_MAX;
     let stranger = |reason: String| Arrival::Stranger { from, reason };
     let hello = match greet::peek_greeting(&stream, deadline) {
         Ok(Greeting::Control) => {
-            return match door.plain() {
+            return Some(match door.plain() {
                 Some(security) => listen_to(Channel::plain(stream, security.clone()), from),
                 None => {
                     Door::turn_away(&stream);
                     stranger("the source speaks no TLS: it was started with --insecure".into())
                 }
-            };
+            });
         }
         Ok(Greeting::Tls) => match door.shake_hands(stream, deadline) {
-            Ok(Greeted::Control(channel)) => return listen_to(channel, from),
+            Ok(Greeted::Control(channel)) => return Some(listen_to(channel, from)),
             Ok(Greeted::Lane(stream, tls)) => {
-                return encrypted_lane(stream, tls, deadline).unwrap_or_else(stranger);
+                return Some(encrypted_lane(stream, tls, deadline).unwrap_or_else(stranger));
             }
-            Err(error) => return stranger(with_hint(&error)),
+            Err(error) => return Some(stranger(with_hint(&error))),
         },
         Ok(Greeting::Lane) => greet::read_hello(&stream, deadline),
+        Err(GreetError::PeerClosed) => return None,
         Err(error) => Err(error),
     };
-    match hello {
+    Some(match hello {
         Ok(hello) => Arrival::Lane(ArrivingLane { stream, hello, tls: None }),
         Err(error) => {
             // A source of another version is told so, whatever the rest of its hello means.
@@ -228,7 +232,7 @@ fn greet(stream: TcpStream, from: SocketAddr, door: &Door) -> Arrival {
             }
             stranger(failure::chain("", &error))
         }
-    }
+    })
 }
 
 /// A lane's hello inside TLS.

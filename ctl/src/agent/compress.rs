@@ -94,8 +94,14 @@ mod tests {
             let wish = wanted.wish(accepted);
             assert_eq!(!matches!(wish, PackingWish::Not(_)), packs, "{wish:?}");
         }
-        let offer =
-            |codecs| LaneOffer { count: None, paths: vec![], cpus: 1, encrypt: false, codecs };
+        let offer = |codecs| LaneOffer {
+            count: None,
+            paths: vec![],
+            cpus: 1,
+            encrypt: false,
+            codecs,
+            nics: 0,
+        };
         let unknown = vec![CodecName::Unknown, CodecName::Zstd, CodecName::Zstd];
         assert_eq!(accepted_codecs(&offer(unknown)), [CodecName::Zstd]);
         assert!(accepted_codecs(&offer(Compress::Off.offered())).is_empty());

@@ -23,6 +23,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use pageferry_datapath::control::{Heard, Hello, Message, Rejoin, Ticket, encode};
 use pageferry_datapath::ids::SessionId;
 
@@ -190,6 +191,12 @@ impl Control {
         drop(state);
         self.shared.changed.notify_all();
         on_event(Event::Message(message));
+    }
+
+    /// The connection's NIC has no carrier: comes back another way now, rather than after a silence.
+    pub fn lost_carrier(&self) {
+        let generation = self.state().generation;
+        self.cut(generation, LinkError::Broken(Errno::ENETDOWN.into()));
     }
 
     /// The peer is not waited for any longer.
@@ -414,6 +421,7 @@ impl Control {
                 Ok(()) => return,
                 Err(error) => error,
             };
+            tracing::debug!(%error, "not back yet");
             refused += u32::from(error.is_refused());
             // The host is there, and nobody listens: whoever knew of this session is gone.
             let gone = refused >= limits::REJOIN_REFUSALS_MAX || error.is_final();

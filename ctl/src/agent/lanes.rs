@@ -8,20 +8,21 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crossbeam_channel::Sender;
+use ipnet::IpNet;
 use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::control::{Choice, LaneOffer, Refused};
 use pageferry_datapath::ids::{LaneId, SessionId};
-use pageferry_datapath::lane::{LaneEvent, LanePath, SourceLanes};
+use pageferry_datapath::lane::{LaneError, LaneEvent, LanePath, SourceLanes};
 use pageferry_datapath::pace::Pacer;
 use pageferry_datapath::region::GuestMemory;
-use pageferry_datapath::source::Failure;
 use pageferry_uring::plan::{
     ConnectPlan, LanePlan, LaneTls, PathWish, SocketTuning, TargetLaneConfig, ZeroCopyWish,
 };
 use pageferry_uring::source::LanePool;
 
 use super::compress::Compress;
-use super::{failure, rdma};
+use super::rails::{self, Rail};
+use super::rdma;
 
 /// Eight connections fill 100 GbE; more only cost.
 const LANES_DEFAULT_MAX: u16 = 8;
@@ -61,6 +62,10 @@ pub struct LaneChoice {
     pub count: Option<u16>,
     /// Cores that lanes may use, in the order they are used.
     pub cpus: Vec<usize>,
+    /// Networks that lanes over TCP may take, the best first; all if none is named.
+    pub networks: Vec<IpNet>,
+    /// Target: lanes are taken at every address of this host.
+    pub everywhere: bool,
     /// Which system calls to use.
     pub path: PathWish,
     /// Whether to send from guest memory without copying.
@@ -98,6 +103,8 @@ impl LaneChoice {
             // A lone core still gains from a second connection while the first waits.
             false => cores.clamp(2, LANES_DEFAULT_MAX),
         };
+        // Each rail takes a lane at least.
+        let fitting = fitting.max(offer.nics.min(LANES_DEFAULT_MAX));
         offer.count.unwrap_or(fitting).clamp(1, most)
     }
 
@@ -176,16 +183,16 @@ pub fn open_rdma(
     rdma::connect(address, session, plans.collect(), (lanes.pin, &lanes.pacer), memory, events)
 }
 
-/// Source: connects every lane of the choice over TCP.
+/// Source: connects every lane of the choice over TCP, by `rails` if there are any.
 pub fn open(
-    address: SocketAddr,
+    (address, rails): (SocketAddr, &[Rail]),
     session: SessionId,
     choice: &Choice,
     lanes: &LaneChoice,
     same_host: bool,
     memory: &GuestMemory,
     events: Sender<LaneEvent>,
-) -> Result<Box<dyn SourceLanes>, Failure> {
+) -> Result<Box<dyn SourceLanes>, LaneError> {
     let cpu_of = |lane: usize, theirs: Option<u16>| match same_host {
         true => theirs.map(usize::from).filter(|cpu| lanes.cpus.contains(cpu)),
         false => lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
@@ -194,8 +201,9 @@ pub fn open(
         lane: LaneId(lane as u16),
         ticket: ticket.over_tcp.unwrap_or(ticket.ticket),
         cpu: cpu_of(lane, ticket.cpu),
-        bind: None,
+        route: rails.get(lane % rails.len().max(1)).map(Rail::route),
     });
+    let defaults = ConnectPlan::new(address, session, plans.collect());
     let plan = ConnectPlan {
         // The kernel would only say so later.
         zero_copy: match lanes.zero_copy {
@@ -209,12 +217,10 @@ pub fn open(
         pacer: Arc::clone(&lanes.pacer),
         tuning: tuning(same_host),
         tls: lanes.tls.clone(),
-        ..ConnectPlan::new(address, session, plans.collect())
+        progress_wait: rails::progress_wait(rails.len()).unwrap_or(defaults.progress_wait),
+        ..defaults
     };
-    match LanePool::connect(&plan, memory.clone(), events) {
-        Ok(pool) => Ok(Box::new(pool)),
-        Err(error) => Err(failure::host("lanes", &error, None)),
-    }
+    Ok(Box::new(LanePool::connect(&plan, memory.clone(), events)?))
 }
 
 fn tuning(same_host: bool) -> SocketTuning {

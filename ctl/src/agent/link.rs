@@ -117,6 +117,19 @@ impl Link {
         Err(LinkError::Connect { address: address.to_owned(), source: last })
     }
 
+    /// Connects to another address of the target at `address`, and makes sure that it is the same.
+    pub fn connect_at(
+        at: SocketAddr,
+        address: &str,
+        caller: &Caller,
+        within: Duration,
+    ) -> Result<Self, LinkError> {
+        let until = Instant::now() + within;
+        let failed = |source| LinkError::Connect { address: at.to_string(), source };
+        let stream = TcpStream::connect_timeout(&at, within).map_err(failed)?;
+        Self::over(caller.secure(stream, address, until)?)
+    }
+
     /// Takes an accepted or connected stream.
     pub fn over(channel: Channel) -> Result<Self, LinkError> {
         let stream = channel.stream();

@@ -24,6 +24,7 @@ mod hold;
 pub mod lanes;
 pub mod link;
 pub mod monitor;
+pub mod rails;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 #[cfg(not(feature = "rdma"))]

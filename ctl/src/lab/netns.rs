@@ -115,6 +115,10 @@ impl Drop for Namespace {
     }
 }
 
+fn rail(number: u8) -> String {
+    if number == 0 { LINK.into() } else { format!("rail{number}") }
+}
+
 impl TwoHosts {
     /// Makes the namespaces and everything in them. Needs root.
     pub fn new(workplace: &Arc<Workplace>) -> Result<Self, LabError> {
@@ -152,12 +156,16 @@ impl TwoHosts {
 
     /// Limits the link to `mbit_per_second` in either direction.
     pub fn shape(&self, mbit_per_second: u64) -> Result<(), LabError> {
+        self.shape_device(LINK, mbit_per_second)
+    }
+
+    fn shape_device(&self, device: &str, mbit_per_second: u64) -> Result<(), LabError> {
         // tbf passes at most its burst per timer tick (4 ms at HZ=250), and lets nothing through
         // that is longer than it; GSO makes packets of 64 KiB.
         let burst_bytes = (mbit_per_second * 1_000_000 / 8 / 250).max(96 * 1024);
         for host in [&self.source, &self.target] {
             run(&format!(
-                "tc -n {} qdisc replace dev {LINK} root tbf rate {mbit_per_second}mbit \
+                "tc -n {} qdisc replace dev {device} root tbf rate {mbit_per_second}mbit \
                  burst {burst_bytes} latency 50ms",
                 host.namespace.name
             ))?;
@@ -169,5 +177,40 @@ impl TwoHosts {
     pub fn cut(&self, cut: bool) -> Result<(), LabError> {
         let state = if cut { "down" } else { "up" };
         self.source.namespace.ip(&format!("link set {LINK} {state}"))
+    }
+
+    /// Another link between the two hosts: `rail1` is 10.203.1.1 and 10.203.1.2, and so on.
+    pub fn add_rail(&self, number: u8) -> Result<(), LabError> {
+        let (source, target) = (&self.source.namespace, &self.target.namespace);
+        let device = rail(number);
+        source
+            .ip(&format!("link add {device} type veth peer name {device} netns {}", target.name))?;
+        for (host, end) in [(source, 1), (target, 2)] {
+            host.ip(&format!("address add 10.203.{number}.{end}/24 dev {device}"))?;
+            host.ip(&format!("link set {device} up"))?;
+        }
+        Ok(())
+    }
+
+    /// Limits a rail, or the link for number 0, in either direction.
+    pub fn shape_rail(&self, number: u8, mbit_per_second: u64) -> Result<(), LabError> {
+        self.shape_device(&rail(number), mbit_per_second)
+    }
+
+    /// Takes a rail's carrier away at both ends, or gives it back.
+    pub fn cut_rail(&self, number: u8, cut: bool) -> Result<(), LabError> {
+        let state = if cut { "down" } else { "up" };
+        self.source.namespace.ip(&format!("link set {} {state}", rail(number)))
+    }
+
+    /// Lets every packet on a rail vanish, with the carrier in place; [`Self::shape_rail`] mends it.
+    pub fn swallow_rail(&self, number: u8) -> Result<(), LabError> {
+        for host in [&self.source, &self.target] {
+            let (name, device) = (&host.namespace.name, rail(number));
+            // No packet is shorter than its burst, and longer ones are dropped.
+            let nothing = "tbf rate 1kbit burst 16 limit 16";
+            run(&format!("tc -n {name} qdisc replace dev {device} root {nothing}"))?;
+        }
+        Ok(())
     }
 }

@@ -5,6 +5,8 @@
 //! fractions, from the monotonic clock; `at_ms` counts from the start of the attempt. Built by the
 //! migration's driver, read by programs and by [`Summary`]'s printed form.
 
+use std::net::{IpAddr, SocketAddr};
+
 use std::io;
 
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
@@ -255,6 +257,15 @@ pub struct Summary {
     pub zero_copy: ZeroCopy,
     /// Why: what was asked for, or what the kernel refused or reported.
     pub zero_copy_reason: Option<String>,
+    /// What lanes were spread over; empty where they went where the control connection goes.
+    #[serde(default)]
+    pub rails: Vec<RailDetail>,
+    /// For how many milliseconds the target was cut off, each time that it came back.
+    #[serde(default)]
+    pub cuts_ms: Vec<f64>,
+    /// How often lanes were lost and others opened.
+    #[serde(default)]
+    pub lanes_renewed: u32,
     /// What was compressed; null when it ended before lanes were open.
     #[serde(default)]
     pub compression: Option<Compression>,
@@ -313,6 +324,23 @@ pub struct Secured {
     /// Why it is not secure although it left this host.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub warning: Option<String>,
+}
+
+/// One rail: a pair of NICs, and what lanes moved over it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RailDetail {
+    /// The source's NIC.
+    pub device: String,
+    /// Its address.
+    pub from: IpAddr,
+    /// The target's NIC.
+    pub target_device: String,
+    /// Its address and port.
+    pub to: SocketAddr,
+    /// Lanes that ran over it, those opened again counted again.
+    pub lanes: u32,
+    /// Guest memory moved over it, zero pages not counted.
+    pub moved_bytes: u64,
 }
 
 /// What one lane did.

@@ -45,6 +45,9 @@ pub(super) fn summary() -> Summary {
         wire_bytes: 1202 << 20,
         zero_copy: ZeroCopy::Copied,
         zero_copy_reason: None,
+        rails: Vec::new(),
+        cuts_ms: Vec::new(),
+        lanes_renewed: 0,
         compression: Some(Compression {
             codec: Some("lz4".into()),
             reason: "300 MiB/s against 110 MiB/s before".into(),

@@ -4,7 +4,7 @@ use console::Style;
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
 use pageferry_uring::cpulist;
 
-use super::events::{Latency, MigrationOutcome, RunningOn, Secured, Summary};
+use super::events::{Latency, MigrationOutcome, RailDetail, RunningOn, Secured, Summary};
 use super::units;
 
 /// The whole report, with a newline at its end. A failure's reason and hint are not in it: they go
@@ -66,6 +66,11 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
             ZeroCopy::Off => "off",
         };
         rows.push(("zero-copy", format!("{zero_copy}{}", reason(&summary.zero_copy_reason))));
+    }
+    let rails = summary.rails.iter().map(rail);
+    rows.extend(rails.enumerate().map(|(n, line)| (if n == 0 { "rails" } else { "" }, line)));
+    if summary.lanes_renewed > 0 {
+        rows.push(("cuts", cuts(summary)));
     }
     if let Some(compression) = &summary.compression {
         rows.push(("compress", compression.line()));
@@ -136,6 +141,26 @@ fn cores(summary: &Summary) -> String {
         1 => format!(", on core {}", cores[0]),
         _ => format!(", on cores {}", cpulist::format(&cores)),
     }
+}
+
+fn rail(rail: &RailDetail) -> String {
+    let RailDetail { device, from, target_device, to, lanes, moved_bytes } = rail;
+    let moved = units::bytes(*moved_bytes);
+    let to = to.ip();
+    format!("{device} {from} to {target_device} {to}: {moved} over {lanes} lanes")
+}
+
+fn cuts(summary: &Summary) -> String {
+    let times = match summary.lanes_renewed {
+        1 => "once".into(),
+        times => format!("{times} times"),
+    };
+    let away: f64 = summary.cuts_ms.iter().sum();
+    let away = match summary.cuts_ms.len() {
+        0 => String::new(),
+        count => format!("; the target was out of reach {count}x, {} in all", units::millis(away)),
+    };
+    format!("lanes were opened again {times}{away}")
 }
 
 fn memory(summary: &Summary) -> String {

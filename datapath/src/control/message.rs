@@ -1,5 +1,7 @@
 //! The messages, and their way to and from header and body.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -156,6 +158,13 @@ pub struct LaneOffer {
     /// Codecs the source would pack chunks with; none of a source that packs nothing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub codecs: Vec<CodecName>,
+    /// NICs that the source could spread them over; 0 of one that does not.
+    #[serde(default, skip_serializing_if = "is_none_or_one")]
+    pub nics: u16,
+}
+
+fn is_none_or_one(nics: &u16) -> bool {
+    *nics <= 1
 }
 
 /// Times the target should know.
@@ -179,6 +188,24 @@ pub struct Choice {
     /// Of the codecs offered, those the target unpacks; none of a target that knows none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub codecs: Vec<CodecName>,
+    /// Where lanes over TCP are taken, all at the port that the control connection leads to; none
+    /// of a target that takes them nowhere but there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<LaneAddress>,
+}
+
+/// An address of the target that takes lanes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaneAddress {
+    /// Its NIC, by the target's name.
+    pub device: String,
+    /// The address.
+    pub address: IpAddr,
+    /// What the NIC's link carries, if it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_second: Option<u64>,
+    /// Receive queues that flows are spread over; 1 without RSS.
+    pub queues: u32,
 }
 
 /// The right to open one lane.

@@ -20,7 +20,7 @@ mod recover;
 pub use cut::{Heard, LanesLost, NewLanes, Rejoin};
 pub use frame::{Decoder, FrameError, MAGIC, VERSION, encode};
 pub use message::{
-    Abort, AbortReason, Choice, DigestReport, Hello, LaneOffer, LaneTicket, Message, MessageKind,
-    Offer, Refused, RegionOffer, RoundStart, Running, SourceLimits, Ticket, Welcome,
+    Abort, AbortReason, Choice, DigestReport, Hello, LaneAddress, LaneOffer, LaneTicket, Message,
+    MessageKind, Offer, Refused, RegionOffer, RoundStart, Running, SourceLimits, Ticket, Welcome,
 };
 pub use recover::{Recover, Recovered, Word};

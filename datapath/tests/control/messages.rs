@@ -1,10 +1,12 @@
 //! Messages: one well-filled example of each kind, and any that an honest peer could send.
 
+use std::net::IpAddr;
+
 use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::control::{
-    Abort, AbortReason, Choice, DigestReport, Heard, Hello, LaneOffer, LaneTicket, LanesLost,
-    Message, MessageKind, NewLanes, Offer, Recover, Recovered, Refused, RegionOffer, Rejoin,
-    RoundStart, Running, SourceLimits, Ticket, Welcome, Word,
+    Abort, AbortReason, Choice, DigestReport, Heard, Hello, LaneAddress, LaneOffer, LaneTicket,
+    LanesLost, Message, MessageKind, NewLanes, Offer, Recover, Recovered, Refused, RegionOffer,
+    Rejoin, RoundStart, Running, SourceLimits, Ticket, Welcome, Word,
 };
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::lane::LanePath;
@@ -100,6 +102,7 @@ fn offer() -> Offer {
             cpus: 2,
             encrypt: false,
             codecs: vec![],
+            nics: 0,
         },
         tracker: "uffd-two-phase".into(),
         target_qmp: Some("/run/target.qmp".into()),
@@ -123,6 +126,7 @@ fn choice() -> Choice {
         refused: vec![Refused { what: "rdma".into(), reason: "no device at the target".into() }],
         rdma_port: None,
         codecs: vec![],
+        addresses: vec![],
     }
 }
 
@@ -239,13 +243,15 @@ fn any_offer() -> impl Strategy<Value = Offer> {
         any::<u16>(),
         any::<bool>(),
         any_codecs(),
+        any::<u16>().prop_map(|nics| if nics == 1 { 0 } else { nics }),
     )
-        .prop_map(|(count, paths, cpus, encrypt, codecs)| LaneOffer {
+        .prop_map(|(count, paths, cpus, encrypt, codecs, nics)| LaneOffer {
             count,
             paths,
             cpus,
             encrypt,
             codecs,
+            nics,
         });
     let names = (text(), text(), text(), option::of(text()));
     (vec(any_region(), 1..6), names, lanes, any::<bool>(), any::<u64>()).prop_map(
@@ -277,7 +283,25 @@ fn any_choice() -> impl Strategy<Value = Choice> {
         },
     );
     let refused = (text(), text()).prop_map(|(what, reason)| Refused { what, reason });
-    (vec(lane, 1..9), vec(refused, 0..4), option::of(any::<u16>()), any_codecs()).prop_map(
-        |(lanes, refused, rdma_port, codecs)| Choice { lanes, refused, rdma_port, codecs },
+    let lanes = (vec(lane, 1..9), vec(refused, 0..4));
+    (lanes, option::of(any::<u16>()), any_codecs(), vec(any_address(), 0..4)).prop_map(
+        |((lanes, refused), rdma_port, codecs, addresses)| Choice {
+            lanes,
+            refused,
+            rdma_port,
+            codecs,
+            addresses,
+        },
+    )
+}
+
+fn any_address() -> impl Strategy<Value = LaneAddress> {
+    (text(), any::<IpAddr>(), option::of(any::<u64>()), any::<u32>()).prop_map(
+        |(device, address, bits_per_second, queues)| LaneAddress {
+            device,
+            address,
+            bits_per_second,
+            queues,
+        },
     )
 }

@@ -59,6 +59,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             cpus: 1,
             encrypt: false,
             codecs: Vec::new(),
+            nics: 0,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -70,7 +71,13 @@ pub(crate) fn offer(verify: bool) -> Offer {
 pub(crate) fn choice() -> Choice {
     let lane =
         LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
-    Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None, codecs: Vec::new() }
+    Choice {
+        lanes: vec![lane],
+        refused: Vec::new(),
+        rdma_port: None,
+        codecs: Vec::new(),
+        addresses: Vec::new(),
+    }
 }
 
 pub(crate) fn failure() -> Failure {

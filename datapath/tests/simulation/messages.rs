@@ -40,6 +40,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             cpus: 1,
             encrypt: false,
             codecs: vec![],
+            nics: 0,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -51,7 +52,13 @@ pub(crate) fn offer(verify: bool) -> Offer {
 pub(crate) fn choice(lanes: usize) -> Choice {
     let lane =
         LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
-    Choice { lanes: vec![lane; lanes], refused: Vec::new(), rdma_port: None, codecs: vec![] }
+    Choice {
+        lanes: vec![lane; lanes],
+        refused: Vec::new(),
+        rdma_port: None,
+        codecs: vec![],
+        addresses: vec![],
+    }
 }
 
 /// Any message of this kind that decodes, with numbers that may be wrong.

@@ -125,6 +125,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             cpus: 1,
             encrypt: false,
             codecs: vec![],
+            nics: 0,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -136,7 +137,13 @@ pub(crate) fn offer(verify: bool) -> Offer {
 pub(crate) fn choice() -> Choice {
     let lane =
         LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
-    Choice { lanes: vec![lane], refused: Vec::new(), rdma_port: None, codecs: vec![] }
+    Choice {
+        lanes: vec![lane],
+        refused: Vec::new(),
+        rdma_port: None,
+        codecs: vec![],
+        addresses: vec![],
+    }
 }
 
 pub(crate) fn digest(number: u64) -> MemoryDigest {

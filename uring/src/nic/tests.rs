@@ -47,8 +47,9 @@ fn write(root: &Path, path: &str, text: &str) {
 
 fn up() -> Link {
     Link {
-        flags: InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING,
+        flags: InterfaceFlags::IFF_UP | InterfaceFlags::IFF_LOWER_UP,
         addresses: vec!["10.0.0.1".parse().unwrap()],
+        networks: vec!["10.0.0.1/24".parse().unwrap()],
     }
 }
 

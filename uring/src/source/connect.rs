@@ -34,7 +34,9 @@ pub(super) fn connect_all(plan: &ConnectPlan) -> Result<Vec<Line>, LaneError> {
 fn open(plan: &ConnectPlan, lane: &LanePlan) -> Result<Line, LaneError> {
     let deadline = Instant::now() + plan.connect_wait;
     let host = |call| move |source| LaneError::Host { lane: lane.lane, call, source };
-    let stream = socket::open(plan.addr, lane.bind, plan.tuning, plan.connect_wait);
+    let route = lane.route.as_ref();
+    let to = route.map_or(plan.addr, |route| route.to);
+    let stream = socket::open(to, route, plan.tuning, plan.connect_wait);
     let stream = stream.map_err(|source| match source.raw_os_error() {
         // A blocking connect that outlives SO_SNDTIMEO says EINPROGRESS.
         Some(libc::EINPROGRESS | libc::EAGAIN | libc::ETIMEDOUT) => timeout(lane.lane, plan),

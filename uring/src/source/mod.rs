@@ -20,6 +20,7 @@ use pageferry_datapath::work::RoundWork;
 use self::pacing::LanePacing;
 use self::packing::{LanePacking, Policy};
 use crate::plan::ConnectPlan;
+pub use crate::socket::reaches;
 use crate::wire::Line;
 use crate::worker::{Start, Worker};
 

@@ -159,7 +159,7 @@ impl Acceptor {
             lane: LaneId(lane as u16),
             ticket,
             cpu: None,
-            bind: None,
+            route: None,
         });
         let mut plan = ConnectPlan::new(self.addr(), self.session, lanes.collect());
         plan.path = path;

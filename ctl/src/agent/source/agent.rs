@@ -19,11 +19,13 @@ use super::super::failure;
 use super::super::hold::Hold;
 use super::super::link::{Link, LinkError};
 use super::super::monitor::{SourceMonitor, StateStream};
+use super::super::rails::{self, nics};
 use super::super::record::{Decision, Record, RecordedSecurity, Records, Role};
 use super::super::tls::{Security, TlsError};
 use super::mover::{self, Mover, Way};
 use super::state_relay::StateRelay;
 use super::tracking::Tracking;
+use super::ways::Ways;
 use super::{SourceOptions, SourceResult, Watch, lost};
 use crate::{host, privileges};
 
@@ -59,6 +61,8 @@ pub(super) struct Agent<'a> {
     inputs: Receiver<Input>,
     to_inputs: Sender<Input>,
     mover: Mover,
+    /// To the target's control port.
+    ways: Ways,
     tracking: Tracking,
     digest: Option<DigestJob>,
     /// The monitor's device state, once it is on its way.
@@ -101,8 +105,11 @@ impl<'a> Agent<'a> {
         let (to_said, said) = unbounded();
         let state: Arc<OnceLock<Arc<dyn StateStream>>> = Arc::default();
         let on_event = listener(to_inputs.clone(), to_said, Arc::clone(&state));
-        let (to, caller) = (options.to.clone(), options.caller.clone());
-        let connect = move |within| Link::connect(&to, &caller, within);
+        let ways = Ways::new(options.to.clone(), options.caller.clone());
+        let connect = {
+            let ways = ways.clone();
+            move |within| ways.connect(within)
+        };
         let control = Control::source(link, session, options.reconnect, connect, on_event);
         Ok(Self {
             session,
@@ -119,6 +126,7 @@ impl<'a> Agent<'a> {
             inputs,
             to_inputs,
             mover: Mover::new(lanes),
+            ways,
             tracking: Tracking::default(),
             digest: None,
             state,
@@ -176,6 +184,7 @@ impl<'a> Agent<'a> {
                     cpus: options.lanes.cpus.len() as u16,
                     encrypt: options.lanes.encrypt,
                     codecs: options.lanes.compress.offered(),
+                    nics: rails::usable_nics(&nics(), &options.lanes.networks),
                 },
                 tracker: facts.tracker.0.clone(),
                 target_qmp: options.target_qmp.clone(),
@@ -246,14 +255,24 @@ impl<'a> Agent<'a> {
                 Said::Restored(away) => self.restored(machine.phase(), away),
             },
             recv(cancel) -> _ => Input::Cancelled,
-            recv(after(until.min(WATCH_EVERY))) -> _ => self.look(),
+            recv(after(until.min(WATCH_EVERY))) -> _ => self.look(machine.phase()),
         }
     }
 
     /// Time has passed: is the monitor still there, and are lanes still to be had?
-    fn look(&mut self) -> Input {
+    fn look(&mut self, phase: Phase) -> Input {
         if !self.monitor.is_alive() {
             return Input::Failed(failure::monitor_gone("source"));
+        }
+        // Inside the pause only what failed is mended.
+        if !self.switching
+            && let Some(changed) = self.mover.rails_changed()
+        {
+            let ours = self.control.local().map(|address| address.ip());
+            if ours.is_some() && changed.dead == ours {
+                self.control.lost_carrier();
+            }
+            return self.lanes_lost(phase, changed.why);
         }
         match self.mover.ask_again(self.reconnect) {
             Ok(Some(lost)) => self.send(&Message::LanesLost(lost)).unwrap_or(Input::Tick),
@@ -301,7 +320,10 @@ impl<'a> Agent<'a> {
         let Some(address) = self.control.peer() else { return Input::Tick };
         let (session, memory) = (self.session, self.tracking.memory());
         match self.mover.renew(new, Way { address, session, memory }) {
-            Ok(input) => input.unwrap_or(Input::Tick),
+            Ok(input) => {
+                self.ways.add(self.mover.rails());
+                input.unwrap_or(Input::Tick)
+            }
             Err(failure) => Input::Failed(failure),
         }
     }
@@ -359,7 +381,12 @@ impl<'a> Agent<'a> {
         self.tracking.map(self.monitor)?;
         let address = self.control.peer().ok_or_else(|| lost(&LinkError::Closed))?;
         let (session, memory) = (self.session, self.tracking.memory());
-        self.mover.open(choice, Way { address, session, memory })?;
+        if let Err(failure) = self.mover.open(choice, Way { address, session, memory }) {
+            // Over another rail, with other tickets: some of these are used up.
+            let rejoins = self.control.rejoins();
+            self.mover.open_again(failure, rejoins)?;
+        }
+        self.ways.add(self.mover.rails());
         Ok(Input::LanesOpen)
     }
 
@@ -464,6 +491,7 @@ impl<'a> Agent<'a> {
             report: machine.report().clone(),
             lanes: self.mover.take_stats(),
             path_reason: self.mover.path_reason().map(str::to_owned),
+            rails: self.mover.take_over_rails(),
             cuts: std::mem::take(&mut self.cuts),
             lanes_renewed: self.mover.renewed(),
             scans: std::mem::take(&mut self.tracking.scans),

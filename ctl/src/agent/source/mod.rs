@@ -10,6 +10,7 @@ mod mover;
 pub mod overseen;
 mod state_relay;
 mod tracking;
+mod ways;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -26,6 +27,7 @@ use super::lanes::LaneChoice;
 use super::link::LinkError;
 use super::monitor::SourceMonitor;
 use super::tls::{Caller, Security};
+use crate::report::events::RailDetail;
 
 /// What a source agent is told.
 #[derive(Clone, Debug)]
@@ -93,6 +95,8 @@ pub struct SourceResult {
     pub lanes: Vec<LaneStats>,
     /// Why lanes ran on what they did, where there was a choice.
     pub path_reason: Option<String>,
+    /// What lanes were spread over, and what went over it.
+    pub rails: Vec<RailDetail>,
     /// For how long the target was away, each time that it was.
     pub cuts: Vec<Duration>,
     /// How often the lanes were lost and others asked for.
@@ -117,6 +121,7 @@ impl SourceResult {
             report: SourceReport::default(),
             lanes: Vec::new(),
             path_reason: None,
+            rails: Vec::new(),
             cuts: Vec::new(),
             lanes_renewed: 0,
             scans: Vec::new(),

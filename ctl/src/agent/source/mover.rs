@@ -2,7 +2,7 @@
 //!
 //! Owned by the agent's loop, on its thread; the lanes' workers only send events.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,9 @@ use pageferry_datapath::work::RoundWork;
 
 use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
+use super::super::rails::{Rail, Rails, nics};
 use crate::limits;
+use crate::report::events::RailDetail;
 
 /// A lane that broke says no more than its errno.
 const LANE_HINT: &str = "look at the target agent's output, and at the link";
@@ -51,6 +53,14 @@ pub(super) enum Said {
     Lost(Failure),
 }
 
+/// Other lanes would be better.
+pub(super) struct RailsChanged {
+    /// In words.
+    pub(super) why: Failure,
+    /// The address of the NIC that lost its carrier, if one did.
+    pub(super) dead: Option<IpAddr>,
+}
+
 /// The lanes of one migration.
 pub(super) struct Mover {
     wanted: LaneChoice,
@@ -61,6 +71,9 @@ pub(super) struct Mover {
     path: Option<LanePath>,
     path_reason: Option<String>,
     lanes: Option<Box<dyn SourceLanes>>,
+    rails: Rails,
+    /// What went over each rail that lanes ran on.
+    over_rails: Vec<RailDetail>,
     /// Lanes opened; each has its part in every round.
     count: usize,
     stats: Vec<LaneStats>,
@@ -81,8 +94,11 @@ pub(super) struct Mover {
 impl Mover {
     pub(super) fn new(wanted: LaneChoice) -> Self {
         let (to_events, events) = unbounded();
+        let rails = Rails::new(wanted.networks.clone());
         Self {
             wanted,
+            rails,
+            over_rails: Vec::new(),
             same_host: false,
             events,
             to_events,
@@ -134,6 +150,7 @@ impl Mover {
         let opened = lanes::open_rdma(address, session, choice, &self.wanted, memory, events);
         self.lanes = Some(opened?);
         self.path = Some(LanePath::Rdma);
+        self.rails.leave();
         let reason = "on each lane a page was written to the target and read back";
         self.path_reason = Some(reason.into());
         Ok(())
@@ -147,16 +164,62 @@ impl Mover {
         };
         self.path_reason = Some(reason).filter(|_| self.wanted.transport == Transport::Auto);
         let Way { address, session, memory } = way;
-        self.lanes = Some(lanes::open(
-            address,
+        self.rails.choose(&nics(), &choice.addresses, address);
+        let opened = lanes::open(
+            (address, self.rails.used()),
             session,
             choice,
             &self.wanted,
             self.same_host,
             memory,
             self.to_events.clone(),
-        )?);
+        );
+        let lanes = opened.map_err(|error| {
+            self.rails.blame(usize::from(error.lane().0));
+            failure::host("lanes", &error, None)
+        })?;
+        self.lanes = Some(lanes);
         Ok(())
+    }
+
+    /// The first lanes could not be opened. Where they were to run over several rails, the target is
+    /// asked for others soon.
+    pub(super) fn open_again(&mut self, failure: Failure, rejoins: bool) -> Result<(), Failure> {
+        if !rejoins || self.rails.used().len() < 2 {
+            return Err(failure);
+        }
+        let now = Instant::now();
+        self.lost = Some(Lost { since: now, failure, asked: false, again_at: now });
+        Ok(())
+    }
+
+    /// Something about the rails that other lanes would be better for: one lost its carrier, or is
+    /// back.
+    pub(super) fn rails_changed(&mut self) -> Option<RailsChanged> {
+        self.lanes.as_ref()?;
+        let (text, dead) = match self.rails.without_carrier() {
+            Some(rail) => {
+                let Rail { device, from, .. } = self.rails.used()[rail].clone();
+                self.rails.blame(rail);
+                (format!("{device} has no carrier"), Some(from))
+            }
+            None if self.rails.is_one_back() => {
+                ("a pair of NICs that was away is back".into(), None)
+            }
+            None => return None,
+        };
+        let why = Failure { reason: AbortReason::HostFailed, by_peer: false, text, hint: None };
+        Some(RailsChanged { why, dead })
+    }
+
+    /// What lanes run over.
+    pub(super) fn rails(&self) -> &[Rail] {
+        self.rails.used()
+    }
+
+    /// What went over each rail.
+    pub(super) fn take_over_rails(&mut self) -> Vec<RailDetail> {
+        std::mem::take(&mut self.over_rails)
     }
 
     /// Puts a round on the lanes.
@@ -186,7 +249,8 @@ impl Mover {
                     false => Input::Tick,
                 }
             }
-            LaneEvent::Failed { error, .. } => {
+            LaneEvent::Failed { lane, error, .. } => {
+                self.rails.blame(usize::from(lane.0));
                 return Said::Lost(failure::host("moving memory", &error, Some(LANE_HINT.into())));
             }
             LaneEvent::Closed { .. } => Input::Tick,
@@ -278,9 +342,20 @@ impl Mover {
 
     /// Closes every lane; after an abort they are reset rather than drained.
     pub(super) fn close(&mut self, abort: bool) {
-        if let Some(lanes) = self.lanes.take() {
-            self.stats.extend(lanes.close(abort));
+        let Some(lanes) = self.lanes.take() else { return };
+        let stats = lanes.close(abort);
+        let rails = self.rails.used();
+        for (lane, stats) in stats.iter().enumerate().filter(|_| !rails.is_empty()) {
+            let rail = &rails[lane % rails.len()];
+            let known = self.over_rails.iter().position(|known| rail.is(known));
+            let known = known.unwrap_or_else(|| {
+                self.over_rails.push(rail.detail());
+                self.over_rails.len() - 1
+            });
+            self.over_rails[known].lanes += 1;
+            self.over_rails[known].moved_bytes += stats.moved_bytes;
         }
+        self.stats.extend(stats);
     }
 
     /// The guest stands still, or runs again: nothing is held back meanwhile.

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::codec::CodecName;
-use pageferry_datapath::control::{AbortReason, Choice, LaneTicket, LanesLost, NewLanes, Offer};
+use pageferry_datapath::control::{
+    AbortReason, Choice, LaneAddress, LaneTicket, LanesLost, NewLanes, Offer,
+};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
 use pageferry_datapath::ids::{LaneId, RoundIndex};
@@ -23,6 +25,7 @@ use super::super::acceptor::ArrivingLane;
 use super::super::compress::accepted_codecs;
 use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
+use super::super::rails;
 use super::super::rdma::{self, RdmaTarget};
 use super::super::tickets::{Over, Tickets};
 
@@ -152,8 +155,8 @@ impl Intake {
             _ => Vec::new(),
         };
         let rdma_port = self.rdma.as_ref().filter(|_| stays).map(RdmaTarget::port);
-        let codecs = self.codecs.clone();
-        let choice = Choice { lanes, refused: Vec::new(), rdma_port, codecs };
+        let (codecs, addresses) = (self.codecs.clone(), self.addresses());
+        let choice = Choice { lanes, refused: Vec::new(), rdma_port, codecs, addresses };
         Some(NewLanes { choice, round_placed, placed })
     }
 
@@ -209,7 +212,16 @@ impl Intake {
             refused: lanes::refused(&offer.lanes, path, no_rdma.as_deref()),
             rdma_port: self.rdma.as_ref().map(RdmaTarget::port),
             codecs: self.codecs.clone(),
+            addresses: self.addresses(),
         })
+    }
+
+    /// Where lanes over TCP are taken, beside where the control connection came to.
+    fn addresses(&self) -> Vec<LaneAddress> {
+        match self.wanted.everywhere {
+            true => rails::offered(&rails::nics(), &self.wanted.networks),
+            false => Vec::new(),
+        }
     }
 
     /// Listens for lanes over RDMA, or says why not.
