@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Slowdown(SlowdownArgs),
     /// A 16 GiB guest of which 200 MiB are populated beside a 1 GiB guest with the same 200 MiB.
     Sparse(SparseArgs),
+    /// A guest that does nothing over one, two and four shaped links, and over two unequal ones.
+    Rails(RailsArgs),
     /// Our RDMA WRITEs beside perftest's ib_write_bw and ib_write_lat, in turns. Runs where there
     /// is an RDMA device; `rdma-vm` gives one.
     RdmaVsPerftest(RdmaVsPerftestArgs),
@@ -422,6 +424,19 @@ pub(crate) struct SlowdownArgs {
     /// Speeds of the link to measure at, in Mbit/s; 0 is unshaped. Others need --net veth.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0")]
     pub(crate) link_mbit: Vec<u64>,
+}
+
+/// Arguments of `rails`.
+#[derive(Debug, Args)]
+pub(crate) struct RailsArgs {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// Incompressible guest memory in MiB. Default: 384, or 96 with --quick.
+    #[arg(long, value_name = "MIB")]
+    pub(crate) mib: Option<u64>,
+    /// Rate of each link; low enough that the processor is not the limit.
+    #[arg(long, value_name = "MBIT", default_value_t = 200)]
+    pub(crate) mbit: u64,
 }
 
 /// Arguments of `sparse`.

@@ -3,6 +3,7 @@
 //! ```text
 //! migrate_vs_qemu   the same guest memory by us, by QEMU, by iperf3 and by bare sockets
 //! slowdown          what a writing guest loses while it is moved
+//! rails             several links beside one
 //! sparse            what memory that was never touched costs
 //!        └─ rig     one guest that hops from QEMU to QEMU; by pageferry or by QEMU's migration
 //! ```
@@ -45,6 +46,7 @@ mod output;
 mod pause;
 mod perftest;
 mod qemu;
+mod rails;
 mod rdma_vm;
 mod rdma_vs_perftest;
 mod rdma_vs_qemu;
@@ -80,6 +82,7 @@ fn main() -> ExitCode {
         args::Command::MigrateVsQemu(args) => migrate_vs_qemu::run(args),
         args::Command::Slowdown(args) => slowdown::run(args),
         args::Command::Sparse(args) => sparse::run(args),
+        args::Command::Rails(args) => rails::run(args),
         args::Command::RdmaVsPerftest(args) => rdma_vs_perftest::run(args),
         args::Command::RdmaVsQemu(args) => rdma_vs_qemu::run(args),
         args::Command::Compare(args) => compare::run(args),

@@ -43,6 +43,8 @@ pub(crate) struct Net {
     next_port: Cell<u16>,
     /// The guest went over: what was the target is the source now.
     swapped: Cell<bool>,
+    /// There are more links than one.
+    rails: Cell<bool>,
 }
 
 enum Ends {
@@ -61,7 +63,12 @@ impl Net {
             NetKind::Loopback if is_root() => Ends::Loopback(Namespace::new(workplace, "b")?),
             NetKind::Loopback => Ends::Machine,
         };
-        let net = Self { ends, next_port: Cell::new(FIRST_PORT), swapped: Cell::new(false) };
+        let net = Self {
+            ends,
+            next_port: Cell::new(FIRST_PORT),
+            swapped: Cell::new(false),
+            rails: Cell::new(false),
+        };
         if let Some(name) = &common.congestion {
             net.set_congestion_control(name)?;
         }
@@ -79,6 +86,26 @@ impl Net {
             _ if mbit_per_second == 0 => Ok(()),
             Ends::Veth(hosts) => Ok(hosts.shape(mbit_per_second)?),
             _ => Err(BenchError::Usage { what: "a shaped link needs --net veth" }),
+        }
+    }
+
+    /// Makes a rail, or takes the link for number 0, and shapes it.
+    pub(crate) fn rail(&self, number: u8, mbit_per_second: u64) -> Result<(), BenchError> {
+        let Ends::Veth(hosts) = &self.ends else {
+            return Err(BenchError::Usage { what: "rails need --net veth" });
+        };
+        if number > 0 {
+            hosts.add_rail(number)?;
+            self.rails.set(true);
+        }
+        Ok(hosts.shape_rail(number, mbit_per_second)?)
+    }
+
+    /// What the target agent is told to listen at, for a source that calls `address`.
+    pub(crate) fn listen_at(&self, address: SocketAddr) -> String {
+        match self.rails.get() {
+            true => format!("0.0.0.0:{}", address.port()),
+            false => address.to_string(),
         }
     }
 

@@ -33,10 +33,11 @@ pub(crate) fn migrate(
     folder: &Path,
 ) -> Result<Moved, BenchError> {
     let program = program()?;
-    let address = net.target_address().to_string();
+    let address = net.target_address();
+    let (listen, address) = (net.listen_at(address), address.to_string());
     let state = |word: &str| folder.join(format!("state-{word}"));
     let mut receive = net.command(End::Target, &program);
-    receive.args(["target", "--once", "--json", "--insecure", "--listen", &address, "--qmp"]);
+    receive.args(["target", "--once", "--json", "--insecure", "--listen", &listen, "--qmp"]);
     receive.arg(target.qmp()).arg("--state-dir").arg(state("target"));
     receive.args(common.target_args.split_ascii_whitespace());
     let mut migrate = net.command(End::Source, &program);

@@ -131,6 +131,11 @@ impl Rig {
         })
     }
 
+    /// Further arguments for `pageferry migrate` from here on.
+    pub(crate) fn set_migrate_args(&mut self, args: &str) {
+        self.common.migrate_args = args.into();
+    }
+
     /// What was asked for.
     pub(crate) fn common(&self) -> &Common {
         &self.common

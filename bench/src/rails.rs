@@ -1,0 +1,137 @@
+//! `rails`: one idle guest over one, two and four links of the same rate, and over two unequal ones.
+
+use std::time::Duration;
+
+use pageferry_ctl::lab::GuestParams;
+use serde_json::json;
+
+use crate::args::{Common, NetKind, RailsArgs};
+use crate::contender::{Contender, Metric, Record, Run};
+use crate::error::BenchError;
+use crate::goals::{self, Goal, Ratio};
+use crate::host::Host;
+use crate::interrupt;
+use crate::output;
+use crate::report::{self, Report};
+use crate::rig::{GuestShape, Mover, Rig, SETTLE};
+use crate::table::{Table, cell};
+
+const NAME: &str = "rails";
+
+/// Links that one series may use: all of them are there, and `--network` chooses.
+struct Series {
+    name: &'static str,
+    rails: std::ops::Range<u8>,
+    record: Record,
+}
+
+/// Runs the subcommand.
+pub(crate) fn run(args: &RailsArgs) -> Result<(), BenchError> {
+    let mut common = args.common.clone();
+    common.net = NetKind::Veth;
+    let mib = args.mib.unwrap_or(if common.quick { 96 } else { 384 });
+    let mbit = args.mbit;
+    let mut rig = Rig::new(&common, shape(&common, mib))?;
+    // The last one has a quarter of the others' rate.
+    for number in 0..5 {
+        rig.net().rail(number, if number == 4 { mbit / 4 } else { mbit })?;
+    }
+    rig.guest()?;
+    let host = Host::of(&rig)?;
+    output::preamble(NAME, &host);
+    let series = |name, rails| Series {
+        name,
+        rails,
+        record: Record::new(Contender::Mover(Mover::Pageferry)),
+    };
+    let mut all = [
+        series("1 rail", 0..1),
+        series("2 rails", 0..2),
+        series("4 rails", 0..4),
+        series("1 rail and 1/4", 3..5),
+    ];
+    // One more turn than asked for, dropped: the first move meets cold caches.
+    for turn in 0..=common.turns() {
+        for series in &mut all {
+            interrupt::check()?;
+            rig.set_migrate_args(&arguments(&common, series.rails.clone()));
+            let hop = rig.hop(Mover::Pageferry, false)?;
+            let gib = rig.populated_mib()? / 1024.0;
+            let run = Run::of_moved(turn, &hop.moved, hop.tick_gap_ms, gib);
+            output::progress_run(series.name, "pageferry", &run);
+            if turn > 0 {
+                series.record.runs.push(run);
+            }
+        }
+    }
+    rig.verify()?;
+    let payload = |series: &Series| {
+        let rates = series.rails.clone().map(|rail| if rail == 4 { mbit / 4 } else { mbit });
+        rates.sum::<u64>() as f64 * PAYLOAD_SHARE * 1e6 / 8.0
+    };
+    let rate =
+        |series: &Series| series.record.median(Metric::Moving).map(|gib| gib * f64::from(1 << 30));
+    let ratios: Vec<_> = all
+        .iter()
+        .zip([None, Some(1.9), Some(3.7), None])
+        .map(|(series, goal)| {
+            let goal = goal.map(Goal::AtLeast);
+            let what = format!("rate of the first pass and the rounds, {}", series.name);
+            Ratio::new(what, all[0].name, rate(series), rate(&all[0]), goal)
+        })
+        .chain(all.iter().map(|series| {
+            let what = format!("share of the links' payload rate, {}", series.name);
+            Ratio::new(what, "the links", rate(series), Some(payload(series)), None)
+        }))
+        .collect();
+    let mut table = Table::new(&["links", "runs", "MB/s", "CPU s/GiB", "pause ms"]);
+    for series in &all {
+        table.row(vec![
+            series.name.into(),
+            series.record.runs.len().to_string(),
+            cell(rate(series).map(|rate| rate / 1e6), 1),
+            cell(series.record.median(Metric::Cpu), 2),
+            cell(series.record.median(Metric::Pause), 1),
+        ]);
+    }
+    println!("{}", table.text());
+    println!("{}", goals::text(&ratios));
+    let setup = json!({ "fill_mib": mib, "mbit_per_rail": mbit, "turns": common.turns() });
+    let mut report = Report::new(NAME, &host, setup);
+    for series in &all {
+        report.add(series.name, json!(report::records(std::slice::from_ref(&series.record))));
+    }
+    report.add("ratios", json!(ratios));
+    report.write(common.json.as_deref())
+}
+
+/// Of an Ethernet link with an MTU of 1500, as `tc tbf` counts it (with the Ethernet header): payload
+/// of a TCP segment with timestamps.
+const PAYLOAD_SHARE: f64 = 1448.0 / 1514.0;
+
+fn arguments(common: &Common, rails: std::ops::Range<u8>) -> String {
+    let networks = rails.map(|rail| match rail {
+        0 => " --network 10.201.0.0/24".to_owned(),
+        rail => format!(" --network 10.203.{rail}.0/24"),
+    });
+    format!("--compress off {}{}", common.migrate_args, networks.collect::<String>())
+}
+
+fn shape(common: &Common, fill_mib: u64) -> GuestShape {
+    GuestShape {
+        memory_mib: fill_mib + 192,
+        params: GuestParams {
+            fill_mib,
+            hot_mib: 1,
+            writers: 1,
+            pages_per_second: 1,
+            ..GuestParams::default()
+        },
+        smp: 1,
+        memory: common.memory,
+        prealloc: false,
+        kernel_words: String::new(),
+        fresh_after: Duration::ZERO,
+        settle: SETTLE,
+    }
+}
