@@ -97,6 +97,9 @@ pub const SUPERSEDING_LOOKS_EVERY: Duration = Duration::from_millis(500);
 /// be opened.
 pub const LANES_AGAIN_PAUSE: Duration = Duration::from_millis(300);
 
+/// Between two tries to tell the peer what was heard, while somebody else writes.
+pub const TELL_AGAIN_PAUSE: Duration = Duration::from_millis(2);
+
 /// Rails of one migration; hosts with more NICs for migrations are rare, and lanes are few.
 pub const RAILS_MAX: usize = 8;
 

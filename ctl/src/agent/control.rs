@@ -241,7 +241,10 @@ impl Control {
     /// it has heard is waited for until it closes.
     pub fn finish(&self, within: Duration, through_cuts: bool) {
         let until = Instant::now() + within;
-        self.tell();
+        // Whoever writes just now may be stuck, or be done in a moment.
+        while !self.tell() && Instant::now() < until {
+            thread::sleep(limits::TELL_AGAIN_PAUSE);
+        }
         self.wait_while(until, |state| {
             let unheard = state.key.is_some() && !state.kept.is_empty();
             !state.ended && unheard && (through_cuts || !state.cut)
@@ -356,17 +359,18 @@ impl Control {
     }
 
     /// Tells the peer what was heard, unless somebody is writing: then it is told later.
-    fn tell(&self) {
-        let Ok(_whole_frames) = self.shared.writing.try_lock() else { return };
+    fn tell(&self) -> bool {
+        let Ok(_whole_frames) = self.shared.writing.try_lock() else { return false };
         let mut state = self.state();
         if state.cut || state.ended || state.key.is_none() {
-            return;
+            return true;
         }
         state.told = state.received;
         let (link, heard) = (state.link.clone(), Heard { received: state.received });
         drop(state);
         // The reader sees a connection that is gone.
         let _the_reader_sees_it = link.send(&Message::Heard(heard));
+        true
     }
 
     /// A connection is gone; the reader of it says so, or who wrote to it.

@@ -10,7 +10,7 @@ use pageferry_datapath::control::{
     AbortReason, Choice, Hello, LaneOffer, Message, NewLanes, Offer, SourceLimits,
 };
 use pageferry_datapath::ids::SessionId;
-use pageferry_datapath::source::{Command, Failure, Input, Phase, Source, SourceConfig};
+use pageferry_datapath::source::{Command, Failure, Input, Outcome, Phase, Source, SourceConfig};
 use pageferry_uring::plan::LaneTls;
 
 use super::super::control::{Control, Event};
@@ -483,6 +483,10 @@ impl<'a> Agent<'a> {
         // After an uncertain end nothing was let go of yet: the guest stays paused.
         self.mover.close(true);
         self.tracking.disarm();
+        if machine.outcome() == Some(&Outcome::Migrated) {
+            // The target waits until it knows that this side knows.
+            self.control.finish(GOODBYE_WAIT, false);
+        }
         self.control.close();
         SourceResult {
             session: self.session,
