@@ -39,6 +39,7 @@ fn main() -> Outcome {
     println!("{mib} MiB in pages of {} bytes", huge.unwrap_or(4096));
     populating(bytes, huge)?;
     let memory = memory(bytes, huge)?;
+    zero_pages(&memory)?;
     let writer = Writer::start(&memory)?;
     attaching(&writer)?;
     for phases in [ScanPhases::One, ScanPhases::Two] {
@@ -66,6 +67,26 @@ fn populating(bytes: u64, huge: Option<u64>) -> Outcome {
             let rate = gib(report.bytes) / report.elapsed.as_secs_f64();
             println!("populate, {what}, {threads} threads: {rate:.2} GiB/s");
         }
+    }
+    Ok(())
+}
+
+fn zero_pages(memory: &GuestMemory) -> Outcome {
+    let all = all(memory);
+    let lease = memory.lease(all)?;
+    for at in (0..all.len).step_by(4096) {
+        lease.clear(at, 4096)?;
+    }
+    for (name, len) in [("all of memory", all.len), ("1 MiB again and again", 1 << 20)] {
+        let mut took = Vec::new();
+        for _ in 0..TRIES {
+            let began = Instant::now();
+            for at in (0..all.len).step_by(4096) {
+                assert!(lease.is_zero(at % len, 4096)?);
+            }
+            took.push(began.elapsed());
+        }
+        show(&format!("zero pages found, {name}"), &mut took, 1.0 / gib(all.len));
     }
     Ok(())
 }
