@@ -15,6 +15,7 @@ use crate::agent::compress::Compress;
 use crate::agent::record::STATE_DIR;
 use crate::agent::recovery::WAIT_S;
 use crate::bandwidth::Bandwidth;
+use crate::drain::DrainArgs;
 use crate::limits;
 
 /// Live-migrates the memory of a running virtual machine to another host.
@@ -37,6 +38,8 @@ Examples:
       pageferry target --listen 10.0.0.2:4777 --qmp /run/vm1.qmp
   On the source host, beside the running QEMU:
       pageferry migrate --qmp /run/vm1.qmp --to 10.0.0.2:4777
+  Every guest of a host, with a QEMU waiting for each at the target:
+      pageferry drain --qmp-dir /run/vms --to 10.0.0.2:4777
   See it happen on this machine, with nothing prepared:
       pageferry demo
 
@@ -53,6 +56,8 @@ pub enum Command {
     Target(TargetArgs),
     /// Move a running guest to a waiting target.
     Migrate(Box<MigrateArgs>),
+    /// Move many guests to one or several waiting targets, one after the other or side by side.
+    Drain(Box<DrainArgs>),
     /// Find out what became of a migration whose agent, host or network was lost, and finish it.
     Recover(RecoverArgs),
     /// List the migrations that this host has records of, and which of them are on their way.
@@ -226,6 +231,9 @@ pub struct MigrateArgs {
     /// One JSON object a line instead of text.
     #[arg(long)]
     pub json: bool,
+    /// With --json: how far it is, too, five times a second.
+    #[arg(long, requires = "json")]
+    pub progress: bool,
     /// Write the latencies of batches to FILE in the .hgrm format, and beside it those of barriers
     /// and scans (`run.hgrm`, `run.barriers.hgrm`, `run.scans.hgrm`).
     #[arg(long, value_name = "FILE")]

@@ -6,6 +6,7 @@ pub mod bandwidth;
 pub mod cli;
 pub mod cores;
 pub mod demo;
+pub mod drain;
 pub mod host;
 pub mod lab;
 pub mod limits;

@@ -148,3 +148,18 @@ pub const ADMIN_LINE_BYTES_MAX: u64 = 64 << 10;
 
 /// How often a member of a shared budget looks for the others: a look opens a file of each.
 pub const SHARE_LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// For how long QEMU samples how fast a guest writes: the shortest that it takes.
+pub const DIRTY_SAMPLE_S: u64 = 1;
+
+/// How much longer than that a sample may take on a busy host, before the guest counts as unknown.
+pub const DIRTY_SAMPLE_LATE: Duration = Duration::from_secs(4);
+
+/// How long a target may take to say whether it would take a guest in.
+pub const CHECK_ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// How often a drain draws how far it is, and looks at its budget.
+pub const DRAIN_TICK: Duration = Duration::from_millis(200);
+
+/// Migrations of one drain at the same time, at most: what a target takes by default.
+pub const DRAIN_PARALLEL_MAX: u32 = 16;

@@ -9,7 +9,7 @@ use pageferry_ctl::cli::{Cli, Command};
 use pageferry_ctl::qemu::guard;
 use pageferry_ctl::report::exit::Exit;
 use pageferry_ctl::{
-    demo, lab, migrate, pki, privileges, probe, receive, recover, report, settings, status,
+    demo, drain, lab, migrate, pki, privileges, probe, receive, recover, report, settings, status,
 };
 
 fn main() -> ExitCode {
@@ -35,10 +35,11 @@ fn main() -> ExitCode {
     }
     match cli.command {
         Command::Migrate(args) => {
-            let mut reporter = report::reporter(args.json);
+            let mut reporter = report::reporter(args.json, args.progress);
             migrate::run(&args, &cancel, &mut *reporter).into()
         }
         Command::Target(args) => receive::run(&args, &cancel).into(),
+        Command::Drain(args) => drain::run(&args, &cancel).into(),
         Command::Demo(args) => demo::run(&args, &cancel).into(),
         Command::Probe(args) => probe::run(&args).into(),
         Command::Recover(args) => recover::run(&args).into(),

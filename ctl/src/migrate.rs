@@ -93,7 +93,8 @@ fn refused(failure: Failure, reporter: &mut dyn Reporter) -> Exit {
     Exit::Refused
 }
 
-fn options(args: &MigrateArgs) -> SourceOptions {
+/// What the arguments ask of a source agent.
+pub fn options(args: &MigrateArgs) -> SourceOptions {
     SourceOptions {
         to: args.to.clone(),
         caller: Caller {

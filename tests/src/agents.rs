@@ -62,7 +62,7 @@ impl Agent {
     }
 
     /// The same, held in a phase: `PHASE:MILLISECONDS`.
-    fn start_held(
+    pub fn start_held(
         workplace: &Arc<Workplace>,
         host: Option<&Host>,
         name: &str,

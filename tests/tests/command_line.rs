@@ -71,7 +71,7 @@ fn examples() -> Result<Vec<Vec<String>>, Box<dyn std::error::Error>> {
 fn every_example_of_the_help_runs() -> Outcome {
     let examples = examples()?;
     let commands: Vec<&str> = examples.iter().map(|words| words[0].as_str()).collect();
-    assert_eq!(commands, ["probe", "pki", "pki", "target", "migrate", "demo"]);
+    assert_eq!(commands, ["probe", "pki", "pki", "target", "migrate", "drain", "demo"]);
     let place = tempfile::tempdir()?;
     let certificates = place.path().join("pki").display().to_string();
     for words in &examples {
@@ -101,7 +101,7 @@ fn every_example_of_the_help_runs() -> Outcome {
 
 #[test]
 fn every_subcommand_has_help_and_bad_usage_is_told_apart() -> Outcome {
-    for command in ["probe", "target", "migrate", "demo", "pki", "set"] {
+    for command in ["probe", "target", "migrate", "drain", "demo", "pki", "set"] {
         let output = pageferry([command, "--help"])?;
         assert_eq!(output.status.code(), Some(DONE), "{command}");
         assert!(String::from_utf8_lossy(&output.stdout).contains("Usage: pageferry"), "{command}");

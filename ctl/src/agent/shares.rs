@@ -53,6 +53,26 @@ impl Share {
         weight: u32,
         budget: Option<Bandwidth>,
     ) -> io::Result<Self> {
+        Self::enter(runtime_dir, name, session, weight.max(1), budget)
+    }
+
+    /// Keeps the budget `name` for members that come and go, and takes nothing of it.
+    pub fn keep(
+        runtime_dir: &Path,
+        name: &str,
+        who: &str,
+        budget: Option<Bandwidth>,
+    ) -> io::Result<Self> {
+        Self::enter(runtime_dir, name, who, 0, budget)
+    }
+
+    fn enter(
+        runtime_dir: &Path,
+        name: &str,
+        session: &str,
+        weight: u32,
+        budget: Option<Bandwidth>,
+    ) -> io::Result<Self> {
         if name.is_empty() || name.starts_with('.') || name.contains('/') {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a budget's name is a word"));
         }
@@ -61,7 +81,7 @@ impl Share {
         fs::create_dir_all(&dir)?;
         let path = dir.join(session);
         let file = claim(&path)?;
-        let own = Member { weight: weight.max(1), budget, said_at: said_at(budget) };
+        let own = Member { weight, budget, said_at: said_at(budget) };
         let mut share = Self { path, file, own };
         share.write()?;
         Ok(share)
@@ -73,10 +93,19 @@ impl Share {
         self.write()
     }
 
+    /// Repeats what another member said later than this one, so that it outlives that member.
+    pub fn follow(&mut self) -> io::Result<()> {
+        let last = self.others().into_iter().max_by_key(|member| member.said_at);
+        let Some(last) = last.filter(|last| last.said_at > self.own.said_at) else { return Ok(()) };
+        self.own = Member { budget: last.budget, said_at: last.said_at, ..self.own };
+        self.write()
+    }
+
     /// What this member may send now; `None` if there is no limit.
     pub fn bandwidth(&self) -> Option<Bandwidth> {
         let others = self.others();
         let weights: u64 = others.iter().chain([&self.own]).map(|it| u64::from(it.weight)).sum();
+        let weights = weights.max(1);
         let said = others.iter().chain([&self.own]).max_by_key(|member| member.said_at)?;
         let budget = u128::from(said.budget?.bytes_per_second);
         let share = budget * u128::from(self.own.weight) / u128::from(weights);
@@ -177,6 +206,22 @@ mod tests {
         assert_eq!(first.bandwidth(), rate("2G"));
         first.say(None).unwrap();
         assert_eq!(first.bandwidth(), None);
+    }
+
+    #[test]
+    fn a_keeper_takes_nothing_and_remembers_what_members_said() {
+        let dir = TempDir::new().unwrap();
+        let run = dir.path().join("run");
+        let mut keeper = Share::keep(&run, "rack", "drain", rate("1G")).unwrap();
+        let mut first = Share::join(&run, "rack", "01", 1, None).unwrap();
+        assert_eq!(first.bandwidth(), rate("1G"));
+        first.say(rate("2G")).unwrap();
+        keeper.follow().unwrap();
+        drop(first);
+        let second = Share::join(&run, "rack", "02", 1, None).unwrap();
+        assert_eq!(second.bandwidth(), rate("2G"));
+        keeper.follow().unwrap();
+        assert_eq!(second.bandwidth(), rate("2G"));
     }
 
     #[test]

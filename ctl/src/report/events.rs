@@ -28,6 +28,8 @@ pub enum Event {
     Brownout(Brownout),
     /// The time the guest stood still.
     Blackout(Blackout),
+    /// How far it is; only where it was asked for.
+    Progress(Going),
     /// How it ended; always the last line, also of a failure.
     Summary(Box<Summary>),
 }
@@ -144,6 +146,27 @@ pub struct Blackout {
     pub moved_bytes: u64,
     /// Size of the device state.
     pub device_state_bytes: u64,
+}
+
+/// How far it is, five times a second with `--progress`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Going {
+    /// Since the attempt began.
+    pub at_ms: f64,
+    /// What the source is doing, for people.
+    pub doing: String,
+    /// Which round is moving; the first pass is 0.
+    pub round: u32,
+    /// Bytes of that round.
+    pub round_bytes: u64,
+    /// And how many of them are on their way or there.
+    pub round_done_bytes: u64,
+    /// Guest memory moved so far, all rounds together.
+    pub moved_bytes: u64,
+    /// How fast the guest writes; null before the first scan.
+    pub dirty_bytes_per_second: Option<u64>,
+    /// The pause to expect if the guest were paused now.
+    pub blackout_predicted_ms: Option<f64>,
 }
 
 /// The parts of a blackout in the order they happen, in milliseconds.

@@ -4,7 +4,7 @@
 //! things are. It measures nothing but the rate, over the last second, from the bytes it is told.
 //! With `--json` standard output carries JSON lines and nothing else.
 
-mod meter;
+pub(crate) mod meter;
 
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
@@ -12,13 +12,16 @@ use std::time::Duration;
 use console::Style;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::events::{Event, Round, Start, Summary};
+use super::events::{Event, Going, Round, Start, Summary};
+use super::timeline::ms;
 use super::{text, units};
 use crate::agent::failure::one_line;
 use meter::Meter;
 
 /// Lines in a pipe: often enough to see that it lives, seldom enough for a log.
 const LINE_EVERY: Duration = Duration::from_secs(1);
+/// Progress as events: as often as a bar is looked at.
+const EVENT_EVERY: Duration = Duration::from_millis(200);
 /// Steps of the bar, whatever the round's size: finer than any terminal.
 const BAR_STEPS: u64 = 1000;
 
@@ -50,7 +53,7 @@ pub struct Console {
 }
 
 enum Mode {
-    Json(Box<dyn Write + Send>),
+    Json { out: Box<dyn Write + Send>, next: Option<Duration> },
     Bar { bar: ProgressBar, text: Text },
     Lines { text: Text, next: Duration },
 }
@@ -82,7 +85,15 @@ impl Console {
 
     /// JSON lines to `out`.
     pub fn json(out: Box<dyn Write + Send>) -> Self {
-        Self::with(Mode::Json(out))
+        Self::with(Mode::Json { out, next: None })
+    }
+
+    /// JSON lines tell how far things are, too.
+    pub fn with_progress(mut self) -> Self {
+        if let Mode::Json { next, .. } = &mut self.mode {
+            *next = Some(Duration::ZERO);
+        }
+        self
     }
 
     /// Plain lines.
@@ -109,7 +120,12 @@ impl Console {
         self.meter.note(progress.at, progress.moved_bytes);
         let rate = self.meter.bytes_per_second();
         match &mut self.mode {
-            Mode::Json(_) => {}
+            Mode::Json { out, next } => {
+                if next.is_some_and(|next| progress.at >= next) {
+                    *next = Some(progress.at + EVENT_EVERY);
+                    let _ = Event::Progress(going(progress)).write_line(&mut **out);
+                }
+            }
             Mode::Bar { bar, .. } => {
                 bar.set_prefix(format!("round {:<2}", progress.round));
                 bar.set_position(per_mille(progress));
@@ -132,7 +148,7 @@ impl Console {
 
     /// Something happened. The summary is printed whole, and takes the bar away.
     pub fn event(&mut self, event: &Event) {
-        if let Mode::Json(out) = &mut self.mode {
+        if let Mode::Json { out, .. } = &mut self.mode {
             let _ = event.write_line(&mut **out);
             return;
         }
@@ -147,13 +163,15 @@ impl Console {
             )),
             // Their figures stand in the summary, which follows at once.
             Event::Brownout(_) | Event::Blackout(_) => {}
+            // People are shown it otherwise.
+            Event::Progress(_) => {}
             Event::Summary(summary) => self.summary(summary),
         }
     }
 
     fn line(&mut self, line: &str) {
         match &mut self.mode {
-            Mode::Json(_) => {}
+            Mode::Json { .. } => {}
             Mode::Bar { bar, .. } => bar.println(line),
             Mode::Lines { text: Text { out, .. }, .. } => {
                 let _ = writeln!(out, "{line}");
@@ -164,7 +182,7 @@ impl Console {
 
     fn summary(&mut self, summary: &Summary) {
         let Text { out, err, colour } = match &mut self.mode {
-            Mode::Json(_) => return,
+            Mode::Json { .. } => return,
             Mode::Bar { bar, text } => {
                 bar.finish_and_clear();
                 text
@@ -207,6 +225,19 @@ fn per_mille(progress: &Progress) -> u64 {
     match progress.round_bytes {
         0 => BAR_STEPS,
         _ => u64::try_from(done).unwrap_or(BAR_STEPS).min(BAR_STEPS),
+    }
+}
+
+fn going(progress: &Progress) -> Going {
+    Going {
+        at_ms: ms(progress.at),
+        doing: progress.doing.into(),
+        round: progress.round,
+        round_bytes: progress.round_bytes,
+        round_done_bytes: progress.round_done_bytes,
+        moved_bytes: progress.moved_bytes,
+        dirty_bytes_per_second: progress.dirty_bytes_per_second,
+        blackout_predicted_ms: progress.blackout_predicted.map(ms),
     }
 }
 

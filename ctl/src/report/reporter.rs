@@ -13,9 +13,10 @@ pub trait Reporter {
     fn progress(&mut self, watch: &Watch<'_>);
 }
 
-/// The reporter for `--json`, or for people.
-pub fn reporter(json: bool) -> Box<dyn Reporter> {
-    Box::new(Console::new(json))
+/// The reporter for `--json`, with `--progress` too, or for people.
+pub fn reporter(json: bool, progress: bool) -> Box<dyn Reporter> {
+    let console = Console::new(json);
+    Box::new(if progress { console.with_progress() } else { console })
 }
 
 impl Reporter for Console {

@@ -6,9 +6,7 @@ use std::time::{Duration, Instant};
 
 use caps::Capability;
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
-use pageferry_datapath::control::{
-    AbortReason, Choice, Hello, LaneOffer, Message, NewLanes, Offer, SourceLimits,
-};
+use pageferry_datapath::control::{AbortReason, Choice, Hello, Message, NewLanes};
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::source::{Command, Failure, Input, Outcome, Phase, Source, SourceConfig};
 use pageferry_uring::plan::LaneTls;
@@ -19,7 +17,6 @@ use super::super::failure;
 use super::super::hold::Hold;
 use super::super::link::{Link, LinkError};
 use super::super::monitor::{SourceMonitor, StateStream};
-use super::super::rails::{self, nics};
 use super::super::record::{Decision, Record, RecordedSecurity, Records, Role};
 use super::super::tls::{Security, TlsError};
 use super::mover::{self, Mover, Way};
@@ -174,23 +171,7 @@ impl<'a> Agent<'a> {
                 boot_id: host::boot_id(),
                 rejoins: true,
             },
-            offer: Offer {
-                regions: facts.regions.clone(),
-                monitor: facts.monitor.clone(),
-                machine: facts.machine.clone(),
-                lanes: LaneOffer {
-                    count: options.lanes.count,
-                    paths: options.lanes.paths(),
-                    cpus: options.lanes.cpus.len() as u16,
-                    encrypt: options.lanes.encrypt,
-                    codecs: options.lanes.compress.offered(),
-                    nics: rails::usable_nics(&nics(), &options.lanes.networks),
-                },
-                tracker: facts.tracker.0.clone(),
-                target_qmp: options.target_qmp.clone(),
-                verify: options.verify,
-                limits: SourceLimits { downtime_ms: options.goals.downtime.as_millis() as u64 },
-            },
+            offer: super::offer(options, facts),
             goals: options.goals,
             drain: facts.drain.is_some() && !options.skip_drain,
         }

@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
+use pageferry_datapath::control::{LaneOffer, Offer, SourceLimits};
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::lane::{LanePath, LaneStats};
 use pageferry_datapath::planner::Goals;
@@ -25,7 +26,8 @@ use self::agent::Agent;
 use super::failure;
 use super::lanes::LaneChoice;
 use super::link::LinkError;
-use super::monitor::SourceMonitor;
+use super::monitor::{GuestFacts, SourceMonitor};
+use super::rails;
 use super::tls::{Caller, Security};
 use crate::report::events::RailDetail;
 
@@ -148,6 +150,27 @@ pub fn run(
             total: started.elapsed(),
             ..SourceResult::untouched(Outcome::Failed { kind: FailureKind::Refused, failure })
         },
+    }
+}
+
+/// What a guest is offered as.
+pub fn offer(options: &SourceOptions, facts: &GuestFacts) -> Offer {
+    Offer {
+        regions: facts.regions.clone(),
+        monitor: facts.monitor.clone(),
+        machine: facts.machine.clone(),
+        lanes: LaneOffer {
+            count: options.lanes.count,
+            paths: options.lanes.paths(),
+            cpus: options.lanes.cpus.len() as u16,
+            encrypt: options.lanes.encrypt,
+            codecs: options.lanes.compress.offered(),
+            nics: rails::usable_nics(&rails::nics(), &options.lanes.networks),
+        },
+        tracker: facts.tracker.0.clone(),
+        target_qmp: options.target_qmp.clone(),
+        verify: options.verify,
+        limits: SourceLimits { downtime_ms: options.goals.downtime.as_millis() as u64 },
     }
 }
 

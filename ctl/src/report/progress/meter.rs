@@ -11,13 +11,13 @@ const WINDOW: Duration = Duration::from_secs(1);
 
 /// Remembers what was moved when, for a second.
 #[derive(Debug, Default)]
-pub(super) struct Meter {
+pub(crate) struct Meter {
     samples: VecDeque<(Duration, u64)>,
 }
 
 impl Meter {
     /// Takes the bytes moved up to a time.
-    pub(super) fn note(&mut self, at: Duration, moved_bytes: u64) {
+    pub(crate) fn note(&mut self, at: Duration, moved_bytes: u64) {
         // Clocks of different origins or a restarted count: begin anew rather than be wrong.
         if self.samples.back().is_some_and(|(last, bytes)| at < *last || moved_bytes < *bytes) {
             self.samples.clear();
@@ -30,7 +30,7 @@ impl Meter {
     }
 
     /// Over the last second, or since the beginning if that is later.
-    pub(super) fn bytes_per_second(&self) -> u64 {
+    pub(crate) fn bytes_per_second(&self) -> u64 {
         let (Some((from, first)), Some((to, last))) = (self.samples.front(), self.samples.back())
         else {
             return 0;

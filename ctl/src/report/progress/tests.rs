@@ -104,6 +104,19 @@ fn json_is_nothing_but_json_lines() {
 }
 
 #[test]
+fn json_tells_how_far_it_is_where_that_was_asked_for() {
+    let out = Shared::default();
+    feed(&mut Console::json(Box::new(out.clone())).with_progress());
+    let events: Vec<Event> =
+        out.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    // 12 tenths of a second, one in 200 ms; and one in the second round.
+    let going = |event: &&Event| matches!(event, Event::Progress(_));
+    assert_eq!((events.iter().filter(going).count(), events.len()), (7, 10));
+    let Event::Progress(first) = &events[0] else { panic!("{:?}", events[0]) };
+    assert_eq!((first.round_done_bytes, first.round_bytes), (64 << 20, 1 << 30));
+}
+
+#[test]
 fn a_reader_that_went_away_stops_nothing() {
     struct Closed;
     impl Write for Closed {
