@@ -29,6 +29,9 @@ pub(crate) enum Command {
     Sparse(SparseArgs),
     /// A guest that does nothing over one, two and four shaped links, and over two unequal ones.
     Rails(RailsArgs),
+    /// 1, 10 and 20 guests of 512 MiB, drained over links of 1 and 10 Gbit/s, one at a time and
+    /// several: total, brownout, blackout, share of the link used.
+    DrainTable(crate::drain_table::DrainTableArgs),
     /// Our RDMA WRITEs beside perftest's ib_write_bw and ib_write_lat, in turns. Runs where there
     /// is an RDMA device; `rdma-vm` gives one.
     RdmaVsPerftest(RdmaVsPerftestArgs),

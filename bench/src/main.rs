@@ -4,6 +4,7 @@
 //! migrate_vs_qemu   the same guest memory by us, by QEMU, by iperf3 and by bare sockets
 //! slowdown          what a writing guest loses while it is moved
 //! rails             several links beside one
+//! drain_table       many guests of a host, emptied over links of several speeds
 //! sparse            what memory that was never touched costs
 //!        └─ rig     one guest that hops from QEMU to QEMU; by pageferry or by QEMU's migration
 //! ```
@@ -25,6 +26,7 @@ mod confidence;
 mod contender;
 mod cpu;
 mod distribution;
+mod drain_table;
 mod error;
 mod files;
 mod goals;
@@ -83,6 +85,7 @@ fn main() -> ExitCode {
         args::Command::Slowdown(args) => slowdown::run(args),
         args::Command::Sparse(args) => sparse::run(args),
         args::Command::Rails(args) => rails::run(args),
+        args::Command::DrainTable(args) => drain_table::run(args),
         args::Command::RdmaVsPerftest(args) => rdma_vs_perftest::run(args),
         args::Command::RdmaVsQemu(args) => rdma_vs_qemu::run(args),
         args::Command::Compare(args) => compare::run(args),

@@ -26,7 +26,7 @@ fn section(heading: &str) -> &'static str {
 mod tests {
     #[test]
     fn every_benchmark_has_a_method() {
-        for benchmark in ["migrate-vs-qemu", "slowdown", "sparse"] {
+        for benchmark in ["migrate-vs-qemu", "slowdown", "sparse", "drain-table"] {
             let method = super::of(benchmark);
             let (common, own) = method.split_once("\n\n").expect("two parts");
             assert!(common.len() > 100 && own.len() > 100, "{benchmark}: {method}");
