@@ -6,7 +6,8 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Instant;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pageferry_ctl::lab::{
     GuestAssets, LabError, Qemu, QemuSpec, TwoHosts, Workplace, certificates, is_root, left_behind,
     one_at_a_time, skip,
@@ -96,6 +97,19 @@ impl Fleet {
         let ended = self.drain(name, args, "")?.wait(MIGRATION_MAX);
         println!("{name}: {:.1} s", began.elapsed().as_secs_f64());
         ended
+    }
+
+    /// The pid of the only agent under way.
+    fn agent(&self) -> Result<i32, Box<dyn std::error::Error>> {
+        let args = ["status", "--json", "--state-dir", &self.path("drain.state")];
+        let host = &self.hosts.source;
+        let status = Agent::start(&self.workplace, Some(host), "status", &args)?.wait(SOON)?;
+        let agents = status.events.iter().filter(|it| it["live"] == true);
+        let pids: Vec<i64> = agents.filter_map(|it| it["agent"].as_i64()).collect();
+        match pids[..] {
+            [pid] => Ok(i32::try_from(pid)?),
+            _ => Err(format!("one agent: {:?}", status.events).into()),
+        }
     }
 
     /// A list of all guests, as an operator writes it.
@@ -277,10 +291,14 @@ fn a_drain_that_is_interrupted_or_killed_goes_on_where_it_was() -> Outcome {
     let other = fleet.drained("other", &args)?;
     assert_eq!(other.code, 3, "{}", other.stderr);
     assert!(other.stderr.contains("another drain is under way"), "{}", other.stderr);
+    // An agent that is killed takes its own guest's turn, and no other's.
+    kill(Pid::from_raw(fleet.agent()?), Signal::SIGKILL)?;
+    drain.wait_error("web-1: held in", SOON)?;
     drain.signal(Signal::SIGINT);
     let ended = drain.wait(SOON)?;
     assert_eq!(ended.code, 1, "{}", ended.stderr);
-    let wanted = [("web-0", "stays"), ("web-1", "left"), ("web-2", "left")];
+    assert!(ended.stderr.contains("web-0: its agent ended unexpectedly"), "{}", ended.stderr);
+    let wanted = [("web-0", "stays"), ("web-1", "stays"), ("web-2", "left")];
     assert_eq!(outcomes(&ended), pairs(&wanted));
     for index in 0..3 {
         fleet.assert_here(index)?;
