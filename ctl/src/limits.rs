@@ -67,6 +67,21 @@ pub const HEARD_EVERY: u64 = 64;
 /// state, and every message that is not device state.
 pub const CONTROL_KEPT_BYTES_MAX: usize = 8 << 20;
 
+/// Messages received and not handled after which a control connection is not read from: more than
+/// the protocol ever has on its way, but for device state.
+pub const BACKLOG_MESSAGES_MAX: usize = 128;
+
+/// The same in bytes: the device state of all guests but those with much video memory. Past it the
+/// source's monitor waits for the target's.
+pub const BACKLOG_BYTES_MAX: usize = 16 << 20;
+
+/// How long a peer that takes nothing may keep its agent from saying why it gives up: the guest may
+/// stand still meanwhile.
+pub const LAST_WORD_WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// Between two looks whether it takes something.
+pub const LAST_WORD_LOOK: Duration = Duration::from_millis(5);
+
 /// Pauses between two tries to come back after a cut: the first, doubled up to the last.
 pub const REJOIN_PAUSE_MIN: Duration = Duration::from_millis(50);
 /// The last of them: a link that is back is noticed this soon.

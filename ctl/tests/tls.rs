@@ -134,7 +134,7 @@ fn messages_pass_both_ways_at_once_however_large() -> Outcome {
     let (to_heard, heard) = crossbeam_channel::unbounded();
     for link in [&source, &target] {
         let to_heard = to_heard.clone();
-        link.read_with(move |message| to_heard.send(message).unwrap_or(()));
+        link.read_with(move |heard| to_heard.send(heard.map(|(it, _)| it)).unwrap_or(()));
     }
     std::thread::scope(|scope| {
         for link in [&source, &target] {
@@ -281,7 +281,7 @@ fn a_source_without_tls_is_told_what_is_missing() -> Outcome {
     let link = call(&acceptor, &Caller { insecure: true, ..Caller::default() })?;
     assert!(link.security().warning("source").is_some_and(|text| text.contains("--insecure")));
     let (to_heard, heard) = crossbeam_channel::unbounded();
-    link.read_with(move |message| to_heard.send(message).unwrap_or(()));
+    link.read_with(move |heard| to_heard.send(heard.map(|(it, _)| it)).unwrap_or(()));
     link.send(&Message::Verify)?;
     let Message::Abort(abort) = heard.recv_timeout(SOON)?? else { return Err("no abort".into()) };
     assert_says(&abort.text, &["only connections with certificates"]);

@@ -230,7 +230,7 @@ fn a_target_writes_only_what_it_was_allowed_to_and_a_guest_is_claimed_once() -> 
     let caller = Caller { tls_dir: Some(dir.into()), ..Caller::default() };
     let (to_heard, heard) = channel();
     let busy = here.namespace.run(|| Link::connect(&listen, &caller, SOON))??;
-    busy.read_with(move |message| to_heard.send(message).unwrap_or(()));
+    busy.read_with(move |heard| to_heard.send(heard.map(|(it, _)| it)).unwrap_or(()));
     busy.send(&Message::Hello(Hello {
         session: SessionId(7),
         software: "a test".into(),

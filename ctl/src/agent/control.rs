@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   agent ── send ──> kept until heard ──> Link ══ TCP ══> peer
-//!   agent <─ event ── counted <────────── reader
+//!   agent <─ event ── counted <────────── reader           waits while too much is not handled yet
 //!                     heart: `Heard` twice a second; silence is a cut
 //!            source: makes a new Link, and says Rejoin     (pf-rejoin)
 //!            target: is given the new Link by its server   ([`Control::adopt`])
@@ -15,11 +15,11 @@
 //! [`Message::Welcome`], which agree on all this.
 //!
 //! Locks, in this order: `writing`, `delivery`, `state`. Who holds `delivery` only tries `writing`;
-//! nothing blocks while `state` is held.
+//! nothing blocks while `state` is held. The reader waits for room ([`Backlog`]) with none of them.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ use nix::errno::Errno;
 use pageferry_datapath::control::{Heard, Hello, Message, Rejoin, Ticket, encode};
 use pageferry_datapath::ids::SessionId;
 
+use super::backlog::{Backlog, Room};
 use super::link::{Link, LinkError};
 use super::tls::Security;
 use crate::{limits, privileges};
@@ -34,8 +35,8 @@ use crate::{limits, privileges};
 /// What happens on a control connection.
 #[derive(Debug)]
 pub enum Event {
-    /// The peer said this.
-    Message(Message),
+    /// The peer said this. Until the room is dropped it counts as not handled.
+    Message(Message, Room),
     /// The connection under it is gone; what is sent from here on waits.
     Cut(LinkError),
     /// There is a new one, and nothing was lost.
@@ -62,6 +63,8 @@ struct Shared {
     state: Mutex<State>,
     /// Told when messages were heard, and when the connection is cut, restored or ended.
     changed: Condvar,
+    /// What was handed on and not handled yet.
+    backlog: Arc<Backlog>,
     /// Source: how to come back.
     connect: Option<Box<Connect>>,
 }
@@ -118,7 +121,7 @@ impl Control {
         let state = State::new(link, hello.session, key, patience);
         let reads = state.link.clone();
         let control = Self::start(state, None, Box::new(on_event));
-        control.deliver(0, Message::Hello(hello));
+        control.deliver(0, Message::Hello(hello), 0);
         control.read(0, &reads);
         control
     }
@@ -129,6 +132,7 @@ impl Control {
             writing: Mutex::default(),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            backlog: Arc::default(),
             connect,
         };
         let control = Self { shared: Arc::new(shared) };
@@ -143,14 +147,13 @@ impl Control {
     }
 
     /// Sends one message; while the connection is cut it is kept. Blocks for a peer that doesn't
-    /// keep up.
+    /// keep up; one that keeps an agent from saying why it gives up is lost.
     pub fn send(&self, message: &Message) -> Result<(), LinkError> {
         let frame = encode(message);
-        let _whole_frames_in_order = lock(&self.shared.writing);
-        let mut state = self.state();
-        while state.cut && !state.ended && state.kept_bytes > limits::CONTROL_KEPT_BYTES_MAX {
-            state = self.shared.changed.wait(state).unwrap_or_else(|poison| poison.into_inner());
+        if matches!(message, Message::Abort(_)) {
+            self.interrupt();
         }
+        let (_whole_frames_in_order, mut state) = self.room_to_send();
         if state.ended {
             return Err(LinkError::Closed);
         }
@@ -174,6 +177,35 @@ impl Control {
         }
     }
 
+    /// Waits while the connection is cut and enough is kept; whoever comes back with a new one needs
+    /// the lock for writing meanwhile.
+    fn room_to_send(&self) -> (MutexGuard<'_, ()>, MutexGuard<'_, State>) {
+        loop {
+            let writing = lock(&self.shared.writing);
+            let state = self.state();
+            let full = state.cut && state.kept_bytes > limits::CONTROL_KEPT_BYTES_MAX;
+            if !full || state.ended {
+                return (writing, state);
+            }
+            drop(writing);
+            drop(self.shared.changed.wait(state));
+        }
+    }
+
+    /// Somebody may be writing to a peer that takes nothing: it gets a moment to, and is lost then.
+    fn interrupt(&self) {
+        let until = Instant::now() + limits::LAST_WORD_WAIT_MAX;
+        while let Err(TryLockError::WouldBlock) = self.shared.writing.try_lock() {
+            if self.is_cut() {
+                return; // It is one that comes back; that has a time of its own.
+            }
+            if Instant::now() >= until {
+                return self.lose(LinkError::Silent { waited: limits::LAST_WORD_WAIT_MAX });
+            }
+            thread::sleep(limits::LAST_WORD_LOOK);
+        }
+    }
+
     /// How long the peer may be silent from now on.
     pub fn set_patience(&self, patience: Duration) {
         self.state().patience = patience;
@@ -190,7 +222,7 @@ impl Control {
         state.link.close();
         drop(state);
         self.shared.changed.notify_all();
-        on_event(Event::Message(message));
+        on_event(Event::Message(message, self.shared.backlog.take(0)));
     }
 
     /// The connection's NIC has no carrier: comes back another way now, rather than after a silence.
@@ -311,7 +343,11 @@ impl Control {
     fn read(&self, generation: u64, link: &Link) {
         let (control, ours) = (self.clone(), link.clone());
         link.read_with(move |message| match message {
-            Ok(message) => control.deliver(generation, message),
+            Ok((message, bytes)) => {
+                control.deliver(generation, message, bytes);
+                // With no lock held. Behind an answered one may be thousands that nobody asked for.
+                control.shared.backlog.wait_for_room();
+            }
             Err(error) => {
                 if let LinkError::Misbehaved(_) = error {
                     ours.turn_away(&error);
@@ -321,8 +357,8 @@ impl Control {
         });
     }
 
-    /// Counts a message and hands it on.
-    fn deliver(&self, generation: u64, message: Message) {
+    /// Counts a message of so many bytes and hands it on.
+    fn deliver(&self, generation: u64, message: Message, bytes: usize) {
         let mut on_event = lock(&self.shared.delivery);
         let mut state = self.state();
         if state.generation != generation || state.ended {
@@ -355,7 +391,7 @@ impl Control {
         if tell {
             self.tell();
         }
-        on_event(Event::Message(message));
+        on_event(Event::Message(message, self.shared.backlog.take(bytes)));
     }
 
     /// Tells the peer what was heard, unless somebody is writing: then it is told later.
@@ -493,9 +529,13 @@ impl Control {
                 return;
             }
             let waited = self.shared.changed.wait_timeout(state, limits::HEART_LOOKS_EVERY);
-            let state = waited.unwrap_or_else(|poison| poison.into_inner()).0;
+            let mut state = waited.unwrap_or_else(|poison| poison.into_inner()).0;
             if state.ended || state.key.is_none() {
                 continue;
+            }
+            // Who is not listened to is not silent. A cut is seen when there is room again.
+            if !state.cut && self.shared.backlog.is_full() {
+                state.heard_at = Instant::now();
             }
             let (silent, generation) = (state.heard_at.elapsed(), state.generation);
             let (cut, patience) = (state.cut, state.patience);

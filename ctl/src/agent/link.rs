@@ -190,11 +190,12 @@ impl Link {
         received
     }
 
-    /// Starts the reader: every message goes to `on_message` on a thread of its own, and what ended
-    /// the connection at last. It ends with the connection.
+    /// Starts the reader: every message goes to `on_message` on a thread of its own, with the bytes
+    /// it took on the wire, and what ended the connection at last. It ends with the connection, and
+    /// reads nothing while `on_message` does not return.
     pub fn read_with(
         &self,
-        mut on_message: impl FnMut(Result<Message, LinkError>) + Send + 'static,
+        mut on_message: impl FnMut(Result<(Message, usize), LinkError>) + Send + 'static,
     ) -> thread::JoinHandle<()> {
         let (channel, decoder) = (Arc::clone(&self.channel), Arc::clone(&self.decoder));
         thread::Builder::new()
@@ -256,13 +257,14 @@ impl Link {
 fn read_all(
     channel: &Channel,
     decoder: &mut Decoder,
-    mut on_message: impl FnMut(Message),
+    mut on_message: impl FnMut((Message, usize)),
 ) -> LinkError {
     let (mut buffer, mut bytes) = (vec![0; READ_BYTES], Vec::new());
     loop {
         loop {
+            let before = decoder.pending_bytes();
             match decoder.next_message() {
-                Ok(Some(message)) => on_message(message),
+                Ok(Some(message)) => on_message((message, before - decoder.pending_bytes())),
                 Ok(None) => break,
                 Err(error) => return LinkError::Misbehaved(error),
             }

@@ -16,6 +16,7 @@
 pub mod acceptor;
 pub mod admin;
 pub mod allow;
+pub mod backlog;
 pub mod compress;
 pub mod control;
 mod digest_job;

@@ -4,7 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::{Receiver, unbounded};
-use pageferry_datapath::control::Welcome;
+use pageferry_datapath::control::{Abort, AbortReason, Welcome};
 use pageferry_datapath::ids::RoundIndex;
 
 use super::*;
@@ -79,8 +79,11 @@ fn ends(rejoins: bool, patience: Duration) -> Ends {
         }
     });
     let ends = Ends { source, target, at_source, at_target, closed };
-    assert!(matches!(ends.at_target.recv_timeout(SOON), Ok(Event::Message(Message::Hello(_)))));
-    assert!(matches!(ends.at_source.recv_timeout(SOON), Ok(Event::Message(Message::Welcome(_)))));
+    assert!(matches!(ends.at_target.recv_timeout(SOON), Ok(Event::Message(Message::Hello(_), _))));
+    assert!(matches!(
+        ends.at_source.recv_timeout(SOON),
+        Ok(Event::Message(Message::Welcome(_), _))
+    ));
     ends
 }
 
@@ -93,8 +96,8 @@ fn rounds(events: &Receiver<Event>, last: u32) -> Vec<u32> {
     let mut rounds = Vec::new();
     while rounds.last() != Some(&last) {
         match events.recv_timeout(SOON).expect("it goes on") {
-            Event::Message(Message::RoundEnd(RoundIndex(round))) => rounds.push(round),
-            Event::Message(other) => panic!("{other:?}"),
+            Event::Message(Message::RoundEnd(RoundIndex(round)), _) => rounds.push(round),
+            Event::Message(other, _) => panic!("{other:?}"),
             Event::Lost(error) => panic!("{error}"),
             Event::Cut(_) | Event::Restored { .. } => {}
         }
@@ -198,6 +201,94 @@ fn the_last_word_ends_it_without_a_cut() {
     ends.target.finish(SOON, true);
     assert!(ends.target.state().kept.is_empty(), "the source has heard it");
     ends.target.close();
-    assert!(matches!(ends.at_source.recv_timeout(SOON), Ok(Event::Message(Message::Running(_)))));
+    assert!(matches!(
+        ends.at_source.recv_timeout(SOON),
+        Ok(Event::Message(Message::Running(_), _))
+    ));
     assert!(matches!(ends.at_source.recv_timeout(SOON), Ok(Event::Lost(_))));
+}
+
+/// Pieces of device state that are sent, and much more than may wait.
+const PIECES: usize = 160;
+
+fn stream(control: &Control) {
+    for piece in 0..PIECES {
+        let mut bytes = vec![0; 256 << 10];
+        bytes[0] = piece as u8;
+        control.send(&Message::DeviceState(bytes)).expect("sent or kept");
+    }
+}
+
+/// All pieces, each once and in order, and nothing else.
+fn pieces(events: &Receiver<Event>) {
+    for piece in 0..PIECES {
+        match events.recv_timeout(SOON).expect("it goes on") {
+            Event::Message(Message::DeviceState(bytes), _) => assert_eq!(bytes[0], piece as u8),
+            other => panic!("{other:?} for piece {piece}"),
+        }
+    }
+}
+
+#[test]
+fn who_does_not_keep_up_reads_no_further_and_calls_nobody_silent() {
+    let ends = ends(true, SOON);
+    thread::scope(|scope| {
+        // Both at once: neither loop handles anything while its own stream is stuck.
+        scope.spawn(|| stream(&ends.source));
+        scope.spawn(|| stream(&ends.target));
+        // Longer than silence is borne.
+        thread::sleep(limits::SILENCE_MAX + Duration::from_millis(1500));
+        for (control, events) in [(&ends.source, &ends.at_source), (&ends.target, &ends.at_target)]
+        {
+            assert!(control.shared.backlog.is_full());
+            let waiting = limits::BACKLOG_BYTES_MAX / (256 << 10) + 1;
+            assert!(events.len() <= waiting, "{} messages wait", events.len());
+        }
+        pieces(&ends.at_target);
+        pieces(&ends.at_source);
+    });
+    assert!(!ends.source.shared.backlog.is_full() && !ends.target.shared.backlog.is_full());
+}
+
+#[test]
+fn a_peer_that_takes_nothing_does_not_keep_the_last_word() {
+    let ends = ends(true, SOON);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let piece = Message::DeviceState(vec![0; 256 << 10]);
+            while ends.source.send(&piece).is_ok() {}
+        });
+        while !ends.target.shared.backlog.is_full() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        thread::sleep(Duration::from_millis(200));
+        let (reason, began) = (AbortReason::Cancelled, Instant::now());
+        let abort = Abort { reason, text: String::new(), hint: None };
+        assert!(ends.source.send(&Message::Abort(abort)).is_err());
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    });
+    assert!(matches!(ends.at_source.recv_timeout(SOON), Ok(Event::Lost(LinkError::Silent { .. }))));
+}
+
+#[test]
+fn who_waits_for_room_in_a_cut_keeps_nobody_from_coming_back() {
+    let ends = ends(true, SOON);
+    ends.closed.store(true, Ordering::Relaxed);
+    cut(&ends.source);
+    for events in [&ends.at_source, &ends.at_target] {
+        assert!(matches!(events.recv_timeout(SOON), Ok(Event::Cut(_))));
+    }
+    thread::scope(|scope| {
+        scope.spawn(|| stream(&ends.source));
+        let full = limits::CONTROL_KEPT_BYTES_MAX;
+        while ends.source.state().kept_bytes <= full {
+            thread::sleep(Duration::from_millis(5));
+        }
+        thread::sleep(Duration::from_millis(100));
+        ends.closed.store(false, Ordering::Relaxed);
+        for events in [&ends.at_source, &ends.at_target] {
+            assert!(matches!(events.recv_timeout(SOON), Ok(Event::Restored { .. })));
+        }
+        pieces(&ends.at_target);
+    });
 }

@@ -11,6 +11,7 @@ use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::source::{Command, Failure, Input, Outcome, Phase, Source, SourceConfig};
 use pageferry_uring::plan::LaneTls;
 
+use super::super::backlog::Room;
 use super::super::control::{Control, Event};
 use super::super::digest_job::DigestJob;
 use super::super::failure;
@@ -35,7 +36,7 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
 /// What the agent itself listens to.
 enum Said {
-    NewLanes(NewLanes),
+    NewLanes(NewLanes, Room),
     Restored(Duration),
 }
 
@@ -55,6 +56,8 @@ pub(super) struct Agent<'a> {
     cuts: Vec<Duration>,
     records: Option<Records>,
     hold: Hold<Input>,
+    /// What the control connection brought; a message's room is given back when it is taken.
+    heard: Receiver<(Input, Option<Room>)>,
     inputs: Receiver<Input>,
     to_inputs: Sender<Input>,
     mover: Mover,
@@ -99,9 +102,10 @@ impl<'a> Agent<'a> {
             return Err(failure);
         }
         let (to_inputs, inputs) = unbounded();
+        let (to_heard, heard) = unbounded();
         let (to_said, said) = unbounded();
         let state: Arc<OnceLock<Arc<dyn StateStream>>> = Arc::default();
-        let on_event = listener(to_inputs.clone(), to_said, Arc::clone(&state));
+        let on_event = listener(to_heard, to_said, Arc::clone(&state));
         let ways = Ways::new(options.to.clone(), options.caller.clone());
         let connect = {
             let ways = ways.clone();
@@ -120,6 +124,7 @@ impl<'a> Agent<'a> {
             cuts: Vec::new(),
             records: Some(records),
             hold: Hold::from_environment(),
+            heard,
             inputs,
             to_inputs,
             mover: Mover::new(lanes),
@@ -223,6 +228,7 @@ impl<'a> Agent<'a> {
     fn wait(&mut self, machine: &Source, cancel: &Receiver<()>) -> Input {
         let until = machine.deadline().map_or(WATCH_EVERY, |at| at.saturating_sub(self.now()));
         select! {
+            recv(self.heard) -> heard => heard.expect("the control's callback holds a sender").0,
             recv(self.inputs) -> input => input.expect("this agent holds a sender"),
             recv(self.mover.events()) -> event => {
                 let said = self.mover.heard(event.expect("the mover holds a sender"));
@@ -232,7 +238,10 @@ impl<'a> Agent<'a> {
                 }
             }
             recv(self.said) -> said => match said.expect("the control's callback holds a sender") {
-                Said::NewLanes(new) => self.new_lanes(new),
+                Said::NewLanes(new, room) => {
+                    drop(room);
+                    self.new_lanes(new)
+                }
                 Said::Restored(away) => self.restored(machine.phase(), away),
             },
             recv(cancel) -> _ => Input::Cancelled,
@@ -502,21 +511,22 @@ fn lane_tls(
 }
 
 /// Sorts what the control connection brings. What the target's monitor answers to the source's goes
-/// straight to it; everything that is not the agent's own is the machine's.
+/// straight to it; everything that is not the agent's own is the machine's. The channels are not
+/// bounded themselves: the control connection bounds what it hands on.
 fn listener(
-    inputs: Sender<Input>,
+    to_heard: Sender<(Input, Option<Room>)>,
     said: Sender<Said>,
     state: Arc<OnceLock<Arc<dyn StateStream>>>,
 ) -> impl FnMut(Event) + Send + 'static {
     move |event| {
-        let input = match event {
-            Event::Message(Message::ReturnPath(bytes)) => {
+        let heard = match event {
+            Event::Message(Message::ReturnPath(bytes), _room) => {
                 // A monitor that no longer listens says so by itself.
                 let _its_own_failure = state.get().map(|stream| stream.write_all(&bytes));
                 return;
             }
-            Event::Message(Message::NewLanes(new)) => {
-                let _nobody_waits_after_the_end = said.send(Said::NewLanes(new));
+            Event::Message(Message::NewLanes(new), room) => {
+                let _nobody_waits_after_the_end = said.send(Said::NewLanes(new, room));
                 return;
             }
             Event::Restored { away } => {
@@ -527,10 +537,10 @@ fn listener(
                 tracing::warn!(%error, "the target is cut off; trying to come back");
                 return;
             }
-            Event::Message(message) => Input::Message(message),
-            Event::Lost(error) => Input::PeerLost(lost(&error)),
+            Event::Message(message, room) => (Input::Message(message), Some(room)),
+            Event::Lost(error) => (Input::PeerLost(lost(&error)), None),
         };
-        let _nobody_waits_after_the_end = inputs.send(input);
+        let _nobody_waits_after_the_end = to_heard.send(heard);
     }
 }
 

@@ -18,6 +18,7 @@ use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::{Command, Input, Outcome, Phase, Target, TargetConfig};
 
 use super::super::acceptor::ArrivingLane;
+use super::super::backlog::Room;
 use super::super::control::{Control, Event};
 use super::super::digest_job::DigestJob;
 use super::super::failure;
@@ -41,11 +42,13 @@ pub(super) struct Session<'a> {
     options: &'a TargetOptions,
     control: Control,
     arrivals: Receiver<ArrivingLane>,
-    lanes_lost: Receiver<LanesLost>,
+    lanes_lost: Receiver<(LanesLost, Room)>,
     /// Told to the server: from here on the source may decide to hand over.
     loaded: Arc<AtomicBool>,
     started: Instant,
     hold: Hold<Input>,
+    /// What the control connection brought; a message's room is given back when it is taken.
+    heard: Receiver<(Input, Option<Room>)>,
     inputs: Receiver<Input>,
     to_inputs: Sender<Input>,
     session: SessionId,
@@ -78,24 +81,25 @@ impl<'a> Session<'a> {
         hello: Hello,
     ) -> (Self, Handle, Receiver<()>) {
         let (to_inputs, inputs) = unbounded();
+        let (to_heard, heard) = unbounded();
         let (to_lanes_lost, lanes_lost) = unbounded();
         let (lanes, arrivals) = unbounded();
         let (cancel, cancelled) = unbounded();
         let loaded = Arc::new(AtomicBool::new(false));
         let session = hello.session;
-        let events = to_inputs.clone();
+        // Not bounded themselves: the control connection bounds what it hands on.
         let on_event = move |event| {
-            let input = match event {
-                Event::Message(Message::LanesLost(lost)) => {
-                    let _nobody_waits_after_the_end = to_lanes_lost.send(lost);
+            let heard = match event {
+                Event::Message(Message::LanesLost(lost), room) => {
+                    let _nobody_waits_after_the_end = to_lanes_lost.send((lost, room));
                     return;
                 }
-                Event::Message(message) => Input::Message(message),
-                Event::Lost(error) => Input::PeerLost(lost(&error)),
+                Event::Message(message, room) => (Input::Message(message), Some(room)),
+                Event::Lost(error) => (Input::PeerLost(lost(&error)), None),
                 Event::Cut(error) => return tracing::warn!(%error, "the source is cut off"),
                 Event::Restored { away } => return tracing::warn!(?away, "the source is back"),
             };
-            let _nobody_waits_after_the_end = events.send(input);
+            let _nobody_waits_after_the_end = to_heard.send(heard);
         };
         let control = Control::target(link, hello, options.reconnect, on_event);
         let handle =
@@ -108,6 +112,7 @@ impl<'a> Session<'a> {
             loaded,
             started: Instant::now(),
             hold: Hold::from_environment(),
+            heard,
             inputs,
             to_inputs,
             session,
@@ -180,6 +185,9 @@ impl<'a> Session<'a> {
     fn wait(&mut self, deadline: Option<Duration>, cancel: &Receiver<()>) -> Input {
         let until = deadline.map_or(LOOK_EVERY, |at| at.saturating_sub(self.now()));
         select! {
+            recv(self.heard) -> heard => {
+                heard.expect("the control connection's callback holds a sender").0
+            }
             recv(self.inputs) -> input => input.expect("this session holds a sender"),
             recv(self.intake.events()) -> event => {
                 self.intake.heard(event.expect("the intake holds a sender"))
@@ -202,7 +210,8 @@ impl<'a> Session<'a> {
                 Input::Tick
             }
             recv(self.lanes_lost) -> lost => {
-                self.renew_lanes(&lost.expect("the control connection's callback holds a sender"))
+                let (lost, _) = lost.expect("the control connection's callback holds a sender");
+                self.renew_lanes(&lost)
             }
             recv(cancel) -> _ => Input::Cancelled,
             recv(after(until.min(LOOK_EVERY))) -> _ => self.look(),
@@ -434,6 +443,8 @@ impl<'a> Session<'a> {
         if let Some(records) = self.records.take_if(|_| outcome == Outcome::Runs) {
             records.forget();
         }
+        // Whatever still comes is dropped, or what it was told would never be heard behind that.
+        (self.heard, self.lanes_lost) = (never(), never());
         // That the guest runs here the source has to hear, however long that takes.
         match outcome {
             Outcome::Runs => self.control.finish(self.options.reconnect, true),

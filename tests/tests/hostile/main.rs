@@ -5,6 +5,8 @@
 //! All of it on loopback and without TLS: behind TLS there is nobody but who was let in.
 #![forbid(unsafe_code)]
 
+mod lanes;
+
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -17,7 +19,7 @@ use pageferry_ctl::lab::{
 };
 use pageferry_datapath::control::{Decoder, MAGIC, Message, MessageKind, Ticket, VERSION, encode};
 use pageferry_datapath::framing::hello::{self, HELLO_BYTES, REPLY_BYTES, Refusal, Reply};
-use pageferry_datapath::ids::{LaneId, SessionId};
+use pageferry_datapath::ids::{LaneId, RoundIndex, SessionId};
 use pageferry_tests::agents::{Agent, PORT};
 use serde_json::json;
 
@@ -27,6 +29,8 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 const AT_ONCE: Duration = Duration::from_secs(10);
 /// The longest that any agent waits for a peer's next word, and a busy machine's delay.
 const PATIENCE: Duration = Duration::from_secs(45);
+/// How long a flood goes on, if it can: gigabytes on loopback.
+const FLOOD: Duration = Duration::from_secs(3);
 /// What a peer may cost an agent, whatever it sends.
 const MEMORY_MAX: u64 = 48 << 20;
 
@@ -299,6 +303,58 @@ fn a_target_lets_in_no_lane_of_a_stranger_and_no_second_session() -> Outcome {
     Ok(())
 }
 
+/// Says these again and again for a while, or until nobody listens.
+fn floods(stream: &mut TcpStream, messages: &[Message]) -> usize {
+    let frames: Vec<u8> = messages.iter().flat_map(encode).collect();
+    let frames = frames.repeat(1 + (256 << 10) / frames.len());
+    let (began, mut said) = (Instant::now(), 0);
+    stream.set_write_timeout(Some(FLOOD)).expect("a socket");
+    while began.elapsed() < FLOOD && stream.write_all(&frames).is_ok() {
+        said += frames.len();
+    }
+    said
+}
+
+#[test]
+fn a_flood_of_messages_costs_no_memory() -> Outcome {
+    let workplace = Workplace::new()?;
+    let target = Listening::start(&workplace, "16")?;
+    let greeting = |session: u128, rejoins: bool| {
+        let session = SessionId(session);
+        let fields = json!({
+            "session": session, "software": "", "host": "", "boot_id": "", "rejoins": rejoins,
+        });
+        from_wire(MessageKind::Hello, fields)
+    };
+    let small = [Message::RoundClosed(RoundIndex(1)), Message::Verify];
+    let lanes_lost = from_wire(MessageKind::LanesLost, json!({ "round": null, "paths": [] }));
+    for (first, what, flood) in [
+        (greeting(6, false), "small messages", &small[..]),
+        (greeting(7, true), "small messages", &small),
+        (greeting(8, true), "large messages", &[Message::DeviceState(vec![7; 256 << 10])]),
+        // Which the session's loop answers itself.
+        (greeting(9, true), "lost lanes", &[lanes_lost]),
+    ] {
+        let mut caller = target.call();
+        caller.say(&encode(&first));
+        let mut writer = caller.stream.try_clone()?;
+        let (told, said) = thread::scope(|scope| {
+            let flood = scope.spawn(move || {
+                let said = floods(&mut writer, flood);
+                let _it_may_have_hung_up = writer.shutdown(Shutdown::Write);
+                said
+            });
+            (caller.hear_out(), flood.join().expect("it only writes"))
+        });
+        println!("a flood of {what}, {} MiB: {told:?}", said >> 20);
+        assert!(said > 1 << 20, "{what}: no flood");
+        assert!(told.contains("broke the protocol") || what == "lost lanes", "{told:?}");
+        target.assert_memory_is_bounded(what);
+        assert!(target.serves(), "{what}: the next one is not served");
+    }
+    Ok(())
+}
+
 /// What a target does that breaks the rules, once a source has called.
 type Breaks = fn(&TcpListener, TcpStream);
 
@@ -331,6 +387,28 @@ const TARGETS: &[(&str, Breaks, &str, Duration)] = &[
         |_, stream| answers(stream, &[&prefix(9, MessageKind::Welcome, 2, 0)]),
         "speaks control version 9",
         AT_ONCE,
+    ),
+    (
+        "floods it with messages",
+        |_, mut stream| {
+            read_hello(&mut stream);
+            floods(&mut stream, &[Message::RoundClosed(RoundIndex(3)), Message::Verify]);
+        },
+        "sent RoundClosed",
+        PATIENCE,
+    ),
+    (
+        "floods it with large messages",
+        |_, mut stream| {
+            read_hello(&mut stream);
+            let key = "7".repeat(64);
+            let fields = json!({ "software": "", "host": "", "boot_id": "", "rejoin_key": key });
+            let welcome = encode(&from_wire(MessageKind::Welcome, fields));
+            let _it_may_have_hung_up = stream.write_all(&welcome);
+            floods(&mut stream, &[Message::DeviceState(vec![7; 256 << 10])]);
+        },
+        "sent DeviceState",
+        PATIENCE,
     ),
     (
         "announces a large body",
