@@ -1,12 +1,17 @@
-//! What stands on a data connection: hello, reply, frame headers, acknowledgements.
+//! What stands on a data connection: hello, reply, frame headers, acknowledgements, compressed chunks.
 //!
 //! Checksums are made right in half of the cases, or nothing behind them would ever be reached.
 
+mod chunks;
+
+use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::framing::hello::{HELLO_BYTES, Hello, REPLY_BYTES, Reply};
 use pageferry_datapath::framing::{
     ACK_BYTES, Ack, Frame, HEADER_BYTES, HeaderBytes, LaneReader, LaneWriter,
 };
-use pageferry_datapath::limits::{BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, PAGE_BYTES_MIN};
+use pageferry_datapath::limits::{
+    BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, CHUNK_BYTES_MAX, CHUNKS_MAX, PAGE_BYTES_MIN,
+};
 use pageferry_datapath::zero::Sorted;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -21,7 +26,8 @@ pub(super) fn run(bytes: &[u8]) {
         0 => hello(rest, first & 8 == 0),
         1 => reply(rest, first & 8 == 0),
         2 => ack(rest, first & 8 == 0),
-        _ => frames(rest),
+        3 => chunks::run(rest),
+        _ => frames(rest, first & 8 == 0),
     }
 }
 
@@ -58,9 +64,17 @@ fn ack(bytes: &[u8], seal: bool) {
     }
 }
 
+/// A reader at a lane's first frame, of a target that agreed to every codec or to none.
+fn reader(unpacks: bool) -> LaneReader {
+    match unpacks {
+        true => LaneReader::new(REGIONS).unpacking(CodecName::ALL),
+        false => LaneReader::new(REGIONS),
+    }
+}
+
 /// `flags, length (u16), that many bytes of a header` again and again, read as one lane.
-fn frames(mut bytes: &[u8]) {
-    let mut reader = LaneReader::new(REGIONS);
+fn frames(mut bytes: &[u8], unpacks: bool) {
+    let mut reader = reader(unpacks);
     let mut extents = Sorted::new();
     while let [flags, low, high, rest @ ..] = bytes {
         let len = usize::from(u16::from_le_bytes([*low, *high]));
@@ -75,31 +89,41 @@ fn frames(mut bytes: &[u8]) {
         }
         let Ok(frame) = reader.frame(&header, &mut extents) else { return };
         if let Frame::Batch { payload_bytes } = frame {
-            batch(&extents, payload_bytes);
+            batch(&extents, payload_bytes, unpacks);
         }
     }
 }
 
-/// What a worker would do with it is sound.
-fn batch(extents: &Sorted, payload_bytes: u64) {
-    let count = extents.data.len() + extents.zero.len();
-    assert!((1..=BATCH_EXTENTS_MAX).contains(&count));
-    let mut bytes = 0;
-    for extent in extents.data.iter().chain(&extents.zero) {
+/// What a worker would do with it is sound, and what it allocates is bounded.
+fn batch(batch: &Sorted, payload_bytes: u64, unpacks: bool) {
+    let extents = || batch.data.iter().chain(&batch.zero).chain(&batch.packed);
+    assert!((1..=BATCH_EXTENTS_MAX).contains(&(extents().count() + batch.chunks.len())));
+    for extent in extents() {
         let region_bytes = REGIONS[usize::from(extent.region.0)];
         assert!(extent.len > 0 && extent.offset + extent.len <= region_bytes);
         assert!(extent.len % PAGE_BYTES_MIN == 0 && extent.offset % PAGE_BYTES_MIN == 0);
-        bytes += extent.len;
     }
-    assert!(bytes <= BATCH_BYTES_MAX);
-    assert_eq!(payload_bytes, extents.data.iter().map(|extent| extent.len).sum::<u64>());
+    assert!(extents().map(|extent| extent.len).sum::<u64>() <= BATCH_BYTES_MAX);
+    assert!(unpacks || batch.chunks.is_empty() && batch.packed.is_empty());
+    assert!(batch.chunks.len() <= CHUNKS_MAX);
+    assert!(batch.chunks.iter().all(|chunk| chunk.raw_bytes <= CHUNK_BYTES_MAX));
+    assert!(batch.chunks.iter().all(|chunk| chunk.packed_bytes <= chunk.raw_bytes));
+    let sum = |lengths: &mut dyn Iterator<Item = u64>| lengths.sum::<u64>();
+    let raw = sum(&mut batch.chunks.iter().map(|chunk| chunk.raw_bytes));
+    assert_eq!(raw, sum(&mut batch.packed.iter().map(|extent| extent.len)));
+    let packed = sum(&mut batch.chunks.iter().map(|chunk| chunk.packed_bytes));
+    assert_eq!(payload_bytes, packed + sum(&mut batch.data.iter().map(|extent| extent.len)));
 
+    // A batch of chunks alone stands for nothing, and no source makes one.
+    if extents().next().is_none() {
+        return;
+    }
     let mut header: HeaderBytes = [0; HEADER_BYTES];
-    LaneWriter::new().batch(&extents.data, &extents.zero, &mut header);
+    LaneWriter::new().sorted(batch, &mut header);
     let mut again = Sorted::new();
-    let frame = LaneReader::new(REGIONS).frame(&header, &mut again);
-    assert_eq!(frame, Ok(Frame::Batch { payload_bytes }));
-    assert_eq!((again.data, again.zero), (extents.data.clone(), extents.zero.clone()));
+    assert_eq!(reader(unpacks).frame(&header, &mut again), Ok(Frame::Batch { payload_bytes }));
+    assert_eq!((&again.data, &again.zero), (&batch.data, &batch.zero));
+    assert_eq!((&again.packed, &again.chunks), (&batch.packed, &batch.chunks));
 }
 
 fn fill(into: &mut [u8], bytes: &[u8]) {
