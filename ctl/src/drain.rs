@@ -57,8 +57,8 @@ pub fn run(args: &DrainArgs, cancel: &Receiver<()>) -> Exit {
 
 /// The whole of it. Until the crew begins nothing is touched, but what an earlier run left undone.
 fn drain(args: &DrainArgs, cancel: &Receiver<()>, view: &mut View) -> Result<Exit, DrainError> {
+    let guests = list::guests(args, &Ledger::open(&args.state_dir, true)?, view)?;
     let mut ledger = Ledger::open(&args.state_dir, args.dry_run)?;
-    let guests = list::guests(args, &ledger, view)?;
     let unsettled = settle::all(args, &guests, &mut ledger, cancel, view)?;
     let surveyed = survey::all(args, guests, unsettled, &ledger, view)?;
     let mut plan = Plan::make(args, surveyed, ledger.rate())?;

@@ -343,6 +343,7 @@ fn what_a_drain_can_t_begin_with_is_said() -> Outcome {
     let mistyped = run("mistyped", &[&list])?;
     assert_eq!(mistyped.code, 2, "{}", mistyped.stderr);
     assert!(mistyped.stderr.contains("qpm"), "{}", mistyped.stderr);
+    assert!(!workplace.file("state").exists(), "who is refused leaves nothing");
     if which_virsh().is_none() {
         let libvirt = run("libvirt", &["--libvirt", "--to", "127.0.0.1:1"])?;
         assert_eq!(libvirt.code, 3, "{}", libvirt.stderr);
