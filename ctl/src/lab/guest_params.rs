@@ -18,6 +18,8 @@ pub struct GuestParams {
     pub pages_per_second: u64,
     /// Every n-th word of a page is rewritten: 1 is the whole page, 64 makes dirty pages fast.
     pub stride_words: u32,
+    /// Part of each page, in percent, that a codec makes next to nothing of.
+    pub packing_percent: u32,
     /// Writers walk the hot set in scattered order instead of upwards.
     pub scattered: bool,
     /// Milliseconds between two ticks.
@@ -46,6 +48,7 @@ impl Default for GuestParams {
             writers: 2,
             pages_per_second: 0,
             stride_words: 1,
+            packing_percent: 0,
             scattered: false,
             tick_ms: 100,
             ipv4: None,
@@ -70,14 +73,15 @@ impl GuestParams {
     /// The words for the kernel command line.
     pub fn to_command_line(&self) -> String {
         let mut line = format!(
-            "pf.fill_mib={} pf.hot_mib={} pf.writers={} pf.rate={} pf.stride={} pf.scattered={} \
-             pf.tick_ms={} pf.disk_readers={} pf.disk_request_kib={} pf.disk_keep_mib={} \
+            "pf.fill_mib={} pf.hot_mib={} pf.writers={} pf.rate={} pf.stride={} pf.packing={} \
+             pf.scattered={} pf.tick_ms={} pf.disk_readers={} pf.disk_request_kib={} pf.disk_keep_mib={} \
              pf.disk_scratch_mib={}",
             self.fill_mib,
             self.hot_mib,
             self.writers,
             self.pages_per_second,
             self.stride_words,
+            self.packing_percent,
             u8::from(self.scattered),
             self.tick_ms,
             self.disk_readers,
@@ -114,6 +118,7 @@ impl GuestParams {
             "writers" => self.writers = value.parse().ok()?,
             "rate" => self.pages_per_second = value.parse().ok()?,
             "stride" => self.stride_words = value.parse().ok().filter(|n| *n > 0)?,
+            "packing" => self.packing_percent = value.parse().ok().filter(|n| *n <= 100)?,
             "scattered" => self.scattered = value == "1",
             "tick_ms" => self.tick_ms = value.parse().ok().filter(|n| *n > 0)?,
             "disk_readers" => self.disk_readers = value.parse().ok()?,
@@ -146,6 +151,7 @@ mod tests {
             writers: 3,
             pages_per_second: 5000,
             stride_words: 64,
+            packing_percent: 75,
             scattered: true,
             tick_ms: 50,
             ipv4: Some((Ipv4Addr::new(10, 1, 2, 3), 24)),

@@ -113,7 +113,8 @@ fn fill(
 ) -> Result<Arc<MemoryLoad>, GuestError> {
     let started = Instant::now();
     let page_count = (params.fill_mib << 20) as usize / PAGE_BYTES;
-    let store = PageStore::new(page_count, params.stride_words as usize);
+    let store = PageStore::new(page_count, params.stride_words as usize)
+        .packing(params.packing_percent as usize);
     for page in 0..page_count {
         store.fill(page);
     }
