@@ -10,6 +10,7 @@
 //! A worker moves bytes through a [`wire`]: an io_uring of its own, or plain system calls. Both
 //! speak the same framing, so the two ends of a lane choose for themselves.
 
+pub mod bare;
 pub mod ceiling;
 pub mod cpulist;
 pub mod greet;

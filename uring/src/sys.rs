@@ -29,6 +29,18 @@ pub(crate) enum Order {
     HeaderFirst,
     /// Extents, then chunks, then the next batch's header: as it is received.
     HeaderLast,
+    /// No header: measurements.
+    Bare,
+}
+
+impl Order {
+    /// Bytes of header that a parcel has.
+    fn header_bytes(self) -> usize {
+        match self {
+            Self::HeaderFirst | Self::HeaderLast => HEADER_BYTES,
+            Self::Bare => 0,
+        }
+    }
 }
 
 /// The memory of one operation, with the right to touch it.
@@ -73,7 +85,7 @@ impl Parcel {
         self.leases.clear();
         self.packed_bytes = 0;
         self.order = order;
-        self.total = HEADER_BYTES;
+        self.total = order.header_bytes();
         self.done = 0;
     }
 
@@ -109,7 +121,7 @@ impl Parcel {
 
     /// Bytes of its extents.
     pub(crate) fn leased_bytes(&self) -> u64 {
-        (self.total - HEADER_BYTES - self.packed_bytes) as u64
+        (self.total - self.order.header_bytes() - self.packed_bytes) as u64
     }
 
     /// Bytes of header, extents and chunks.
@@ -187,11 +199,11 @@ impl Parcel {
             let at = index.wrapping_sub(1);
             let len = match (index, self.order) {
                 (0, Order::HeaderFirst) => HEADER_BYTES,
-                (0, Order::HeaderLast) => 0,
+                (0, Order::HeaderLast | Order::Bare) => 0,
                 _ if at < leases => self.leases[at].extent().len as usize,
                 _ if at == leases => self.packed_bytes,
                 (_, Order::HeaderLast) => HEADER_BYTES,
-                (_, Order::HeaderFirst) => 0,
+                (_, Order::HeaderFirst | Order::Bare) => 0,
             };
             let taken = (len - skip.min(len)).min(room);
             if taken > 0 {
@@ -213,6 +225,7 @@ impl Parcel {
         let (first, last) = match self.order {
             Order::HeaderFirst => (Some(header), None),
             Order::HeaderLast => (None, Some(header)),
+            Order::Bare => (None, None),
         };
         let leased = self.leases.iter().map(|l| (l.as_ptr(), l.extent().len as usize));
         let packed = (self.packed.as_mut_ptr(), self.packed_bytes);
