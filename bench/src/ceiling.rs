@@ -12,7 +12,7 @@ use crate::error::BenchError;
 use crate::net::{Net, Tuning};
 
 /// Which cores a connection's two threads get.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Placement {
     /// Left to the scheduler.
@@ -33,6 +33,15 @@ impl Placement {
             Self::Free => "free",
             Self::SameCore => "same core",
             Self::TwoCores => "two cores",
+        }
+    }
+
+    /// The cores of a source and a target of one thread each; where there is only one core it is
+    /// nobody's.
+    pub(crate) fn two(self) -> (Option<usize>, Option<usize>) {
+        match pageferry_ctl::host::cpus_allowed().len() {
+            0 | 1 => (None, None),
+            _ => self.cores(0),
         }
     }
 

@@ -2,10 +2,8 @@
 
 use crate::args::CompareArgs;
 use crate::confidence::{self, Estimate};
-use crate::distribution::QUANTILES;
 use crate::error::BenchError;
 use crate::results::Results;
-use crate::series::{Kind, Reading, Series};
 use crate::table::{Table, cell};
 
 /// Compares; an error if anything has become worse for sure, and by more than is allowed.
@@ -13,20 +11,19 @@ pub(crate) fn run(args: &CompareArgs) -> Result<(), BenchError> {
     let (before, after) = (Results::read(&args.before)?, Results::read(&args.after)?);
     let mut table = Table::new(&["what", "by", "of", "A", "B", "B/A", "95 %", "verdict"]);
     let (mut worse, mut compared) = (0, 0);
-    for old in &before.series {
-        let is_same = |new: &&Series| new.group == old.group && new.by == old.by;
-        let Some(new) = after.series.iter().find(is_same) else { continue };
-        for (name, reading, unit, more_is_better) in readings(old.kind) {
-            let (a, b) = (old.readings(reading), new.readings(reading));
+    for (old, new) in before.in_common(&after) {
+        for column in old.kind.columns() {
+            let (a, b) = (old.readings(column.reading), new.readings(column.reading));
             let Some(estimate) = confidence::ratio_of_medians(&b, &a) else { continue };
-            let verdict = verdict(&estimate, more_is_better, args.allow_percent);
+            let verdict = verdict(&estimate, column.more_is_better, args.allow_percent);
             compared += 1;
             worse += u32::from(verdict == Verdict::Worse);
-            let median = |samples: &[f64]| crate::stats::median(samples.iter().copied()) / unit;
+            let median =
+                |samples: &[f64]| crate::stats::median(samples.iter().copied()) / column.unit;
             table.row(vec![
                 old.group.clone(),
                 old.by.clone(),
-                name.into(),
+                column.name.into(),
                 cell(Some(median(&a)), 2),
                 cell(Some(median(&b)), 2),
                 cell(Some(estimate.ratio), 3),
@@ -69,20 +66,6 @@ fn verdict(estimate: &Estimate, more_is_better: bool, allow_percent: f64) -> Ver
         (true, _, true) | (_, true, false) => Verdict::Better,
         (true, _, false) | (_, true, true) => Verdict::Worse,
         _ => Verdict::Same,
-    }
-}
-
-/// What is compared of a series: its name, what is read, the unit, and whether more is better.
-fn readings(kind: Kind) -> Vec<(&'static str, Reading, f64, bool)> {
-    match kind {
-        Kind::Latency => QUANTILES
-            .map(|(name, quantile)| (name, Reading::Quantile(quantile), 1e3, false))
-            .to_vec(),
-        Kind::Throughput => vec![
-            ("MiB/s", Reading::BytesPerS, f64::from(1 << 20), true),
-            ("CPU s/GiB", Reading::CpuPerGib, 1.0, false),
-        ],
-        Kind::Cost => vec![("s/GiB", Reading::SecondsPerGib, 1.0, false)],
     }
 }
 

@@ -1,14 +1,15 @@
 //! Who takes part, and what one run of it gave.
 
-use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::ceiling::{CeilingWay, Streamed};
 use crate::cpu;
 use crate::iperf::IperfWay;
 use crate::moved::Moved;
 use crate::qemu::QemuWay;
+use crate::recorder::Recorded;
 use crate::rig::Mover;
+use crate::series::{Kind, Series, SeriesRun};
 use crate::stats::Stats;
 
 /// One who takes part.
@@ -42,7 +43,7 @@ impl Contender {
 }
 
 /// One run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub(crate) struct Run {
     /// In which turn.
     pub(crate) turn: u32,
@@ -108,36 +109,10 @@ pub(crate) enum Metric {
     Span,
     Wall,
     Cpu,
-    MachineCpu,
     Pause,
-    TickGap,
 }
 
 impl Metric {
-    /// All, in the order of tables.
-    pub(crate) const ALL: [Self; 7] = [
-        Self::Moving,
-        Self::Span,
-        Self::Wall,
-        Self::Cpu,
-        Self::MachineCpu,
-        Self::Pause,
-        Self::TickGap,
-    ];
-
-    /// As JSON and tables have it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Moving => "moving_gib_per_s",
-            Self::Span => "span_gib_per_s",
-            Self::Wall => "wall_gib_per_s",
-            Self::Cpu => "cpu_s_per_gib",
-            Self::MachineCpu => "machine_cpu_s_per_gib",
-            Self::Pause => "pause_ms",
-            Self::TickGap => "tick_gap_ms",
-        }
-    }
-
     /// Its value in a run.
     pub(crate) fn of(self, run: &Run) -> Option<f64> {
         match self {
@@ -145,9 +120,7 @@ impl Metric {
             Self::Span => run.span_gib_per_s,
             Self::Wall => run.wall_gib_per_s,
             Self::Cpu => Some(run.cpu_s_per_gib),
-            Self::MachineCpu => Some(run.machine_cpu_s_per_gib),
             Self::Pause => run.pause_ms,
-            Self::TickGap => run.tick_gap_ms,
         }
     }
 }
@@ -172,6 +145,29 @@ impl Record {
     /// Numbers about one metric.
     pub(crate) fn stats(&self, metric: Metric) -> Option<Stats> {
         Stats::of(self.runs.iter().filter_map(|run| metric.of(run)))
+    }
+
+    /// The same as a series, of `gib` of guest memory.
+    pub(crate) fn series(&self, group: &str, gib: f64) -> Series {
+        let kind = match self.contender {
+            Contender::Mover(_) => Kind::Migration,
+            Contender::Iperf(_) | Contender::Ceiling(_) => Kind::Throughput,
+        };
+        let name = self.contender.name();
+        let mut series = Series::new(group, &name, kind, json!({ "name": name }));
+        series.failures = self.failures.clone();
+        let bytes = (gib * (1u64 << 30) as f64) as u64;
+        series.runs.extend(self.runs.iter().map(|run| {
+            let seconds = gib / run.span_gib_per_s.unwrap_or(run.moving_gib_per_s);
+            let machine_cpu_s = run.machine_cpu_s_per_gib * gib;
+            let mut said = run.account.clone();
+            said["processes_cpu_s_per_gib"] = json!(run.cpu_s_per_gib);
+            said["tick_gap_ms"] = json!(run.tick_gap_ms);
+            said["load_average"] = json!(run.load_average);
+            let recorded = Recorded { bytes, seconds, ..Recorded::default() };
+            SeriesRun { turn: run.turn, recorded, machine_cpu_s, said }
+        }));
+        series
     }
 
     /// The median of one metric.

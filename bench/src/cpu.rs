@@ -4,6 +4,9 @@
 //! process's own threads by `getrusage`, and the whole machine by `/proc/stat`: what the network
 //! does on nobody's account (ksoftirqd) shows in the last one only.
 
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::RecvTimeoutError;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
@@ -49,6 +52,50 @@ pub(crate) fn machine_busy_s() -> Result<f64, BenchError> {
     Ok(busy / 100.0)
 }
 
+/// How many cores are busy while something runs, whoever keeps them so. Its beginning and its end,
+/// when programs start and stop, are left out: what is counted is from half of its time to nine
+/// tenths.
+#[derive(Debug)]
+pub(crate) struct Busy {
+    stop: crossbeam_channel::Sender<()>,
+    reader: std::thread::JoinHandle<Vec<(f64, f64)>>,
+}
+
+/// A reading of /proc/stat: its clock has ticks of 10 ms.
+const READ_EVERY: Duration = Duration::from_millis(50);
+
+impl Busy {
+    pub(crate) fn begin() -> Self {
+        let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
+        let reader = std::thread::spawn(move || {
+            let (began, mut readings) = (Instant::now(), Vec::new());
+            loop {
+                let busy = machine_busy_s().unwrap_or(f64::NAN);
+                readings.push((began.elapsed().as_secs_f64(), busy));
+                if stopped.recv_timeout(READ_EVERY) != Err(RecvTimeoutError::Timeout) {
+                    return readings;
+                }
+            }
+        });
+        Self { stop, reader }
+    }
+
+    /// Cores, on average; nothing if it was too short to say.
+    pub(crate) fn finish(self) -> Option<f64> {
+        drop(self.stop);
+        busy_cores(&self.reader.join().unwrap_or_default())
+    }
+}
+
+/// Of readings of (seconds, busy seconds).
+fn busy_cores(readings: &[(f64, f64)]) -> Option<f64> {
+    let (end, _) = *readings.last()?;
+    let within = |(at, _): &&(f64, f64)| (0.5 * end..=0.9 * end).contains(at);
+    let kept: Vec<_> = readings.iter().filter(within).collect();
+    let (&&(from, before), &&(until, after)) = (kept.first()?, kept.last()?);
+    (until > from).then(|| (after - before) / (until - from))
+}
+
 /// Keeps the calling thread, and what it starts, on one core.
 pub(crate) fn pin_to(core: usize) -> Result<(), BenchError> {
     let mut set = CpuSet::new();
@@ -57,18 +104,25 @@ pub(crate) fn pin_to(core: usize) -> Result<(), BenchError> {
         .map_err(BenchError::call("sched_setaffinity"))
 }
 
-/// Where two ends that poll run: neither takes turns with the other. The first and the last core of
-/// those that may be used; nothing where there is only one.
-pub(crate) fn two_cores() -> Option<(usize, usize)> {
-    let cores = pageferry_ctl::host::cpus_allowed();
-    match cores.len() {
-        0 | 1 => None,
-        count => Some((cores[0], cores[count - 1])),
-    }
-}
-
 /// Processes that want a processor, averaged over a minute: who else is on this machine.
 pub(crate) fn load_average() -> f64 {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::busy_cores;
+
+    #[test]
+    fn start_and_end_are_left_out() {
+        let readings: Vec<(f64, f64)> = (0..=20)
+            .map(|tick| {
+                (f64::from(tick) / 10.0, if tick < 8 { 9.0 } else { f64::from(tick) / 5.0 })
+            })
+            .collect();
+        assert!(busy_cores(&readings).is_some_and(|cores| (cores - 2.0).abs() < 1e-9));
+        assert_eq!(busy_cores(&readings[..1]), None);
+        assert_eq!(busy_cores(&[]), None);
+    }
 }

@@ -27,6 +27,9 @@ pub(crate) enum BenchError {
     /// The memory that is moved.
     #[error("memory to move")]
     Region(#[from] RegionError),
+    /// Dirty tracking.
+    #[error("dirty tracking")]
+    Tracker(#[from] pageferry_datapath::tracker::TrackerError),
     /// RDMA.
     #[error("RDMA")]
     Rdma(#[from] pageferry_rdma::error::RdmaError),

@@ -120,11 +120,6 @@ pub(crate) fn ratios(records: &[Record], warm: bool) -> Vec<Ratio> {
     all
 }
 
-/// The ceiling's throughput.
-pub(crate) fn ceiling_gib_per_s(records: &[Record]) -> Option<f64> {
-    best(records, |c| matches!(c, Contender::Ceiling(_)), Metric::Moving)?.median(Metric::Moving)
-}
-
 fn leanest(records: &[Record]) -> Option<&Record> {
     least(records, |c| c.qemu().is_some(), Metric::Cpu)
 }

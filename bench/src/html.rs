@@ -4,12 +4,12 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::distribution::{Distribution, QUANTILES};
-use crate::goals::Goal;
+use crate::goals::{Goal, Ratio};
+use crate::plots::{self, Group};
 use crate::results::Results;
-use crate::series::{Kind, Reading, Series};
+use crate::series::{Kind, Series};
 use crate::stats::Stats;
-use crate::svg::{self, Bar, Curve, escaped};
+use crate::svg::{self, escaped};
 
 const STYLE: &str = "\
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:920px;\
@@ -23,53 +23,16 @@ th{background:#f6f6f6;font-weight:600}th:first-child,td:first-child{text-align:l
 td.text,th.text{text-align:left;white-space:normal}td:first-child{white-space:normal}.yes{color:#00703c}.no{color:#b00020;font-weight:600}\
 svg{max-width:100%;height:auto;display:block;margin:.8rem 0}\
 pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:12.5px;white-space:pre-wrap}\
-.scroll{overflow-x:auto}.dim{color:#666}";
+h1.part{margin-top:4rem;border-top:3px solid #222;padding-top:.6rem}details{margin:.8rem 0}\
+summary{cursor:pointer;font-weight:600}a{color:#0050a0}.scroll{overflow-x:auto}.dim{color:#666}";
 
-/// A plot with the name of its file.
-pub(crate) struct Plot {
-    pub(crate) name: String,
-    pub(crate) svg: String,
-}
-
-/// Every plot of the results, group by group.
-pub(crate) fn plots(results: &Results) -> Vec<Plot> {
-    let mut all = Vec::new();
-    for (group, kind, series) in groups(results) {
-        let name = |what: &str| crate::files::plain(&format!("{group} {what}"));
-        let title = |what: &str| format!("{group}: {what}");
-        match kind {
-            Kind::Latency => {
-                let curves: Vec<Curve> = series.iter().map(|s| percentile_curve(s)).collect();
-                let svg = svg::percentiles(&title("latency by percentile"), &curves);
-                all.push(Plot { name: name("percentiles"), svg });
-                let curves: Vec<Curve> = series.iter().filter_map(|s| time_curve(s)).collect();
-                if !curves.is_empty() {
-                    let svg = svg::over_time(&title("median of each interval"), "us", &curves);
-                    all.push(Plot { name: name("over time"), svg });
-                }
-            }
-            Kind::Throughput => {
-                let scale = f64::from(1 << 20);
-                let bars = bars_of(&series, Reading::BytesPerS, scale);
-                let svg = svg::bars(&title("throughput"), "MiB/s", &bars);
-                all.push(Plot { name: name("throughput"), svg });
-            }
-            Kind::Cost => {
-                let bars = bars_of(&series, Reading::SecondsPerGib, 1.0);
-                all.push(Plot { name: name("cost"), svg: svg::bars(group, "s/GiB", &bars) });
-            }
-        }
-    }
-    all
-}
-
-/// The page.
+/// The page; of several benchmarks a section for each, with its contents first.
 pub(crate) fn page(results: &Results) -> String {
     let mut out = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\
          <title>{0}</title><style>{STYLE}</style></head><body>\n<h1>{0}</h1>\n",
-        escaped(&results.benchmark)
+        escaped(results.title())
     );
     let host = |name: &str| results.host[name].as_str().unwrap_or_default().to_owned();
     let _ = writeln!(
@@ -79,124 +42,120 @@ pub(crate) fn page(results: &Results) -> String {
         escaped(&host("cpu")),
         escaped(&host("kernel"))
     );
+    if !results.parts.is_empty() {
+        out.push_str(&contents(&results.parts));
+    }
+    out.push_str(&body(results));
+    for (index, part) in results.parts.iter().enumerate() {
+        let _ =
+            writeln!(out, "<h1 class=\"part\" id=\"part-{index}\">{}</h1>", escaped(part.title()));
+        out.push_str(&body(part));
+    }
+    out + "</body></html>\n"
+}
+
+/// Titles, each with how many of its aims were reached.
+fn contents(parts: &[Results]) -> String {
+    let row = |(index, part): (usize, &Results)| {
+        let judged: Vec<bool> = part.ratios.iter().filter_map(Ratio::reached).collect();
+        let (count, reached) = (judged.len(), judged.iter().filter(|reached| **reached).count());
+        let runs = part.series.iter().map(|series| series.runs.len()).max().unwrap_or(0);
+        let failed: usize = part.series.iter().map(|series| series.failures.len()).sum();
+        let class = if reached == count && failed == 0 { "yes" } else { "no" };
+        let aims = if count == 0 { String::new() } else { format!("{reached} of {count}") };
+        format!(
+            "<tr><td><a href=\"#part-{index}\">{}</a></td><td>{}</td><td>{runs}</td>\
+             <td>{failed}</td><td class=\"{class}\">{aims}</td></tr>\n",
+            escaped(part.title()),
+            part.series.len(),
+        )
+    };
+    let rows: String = parts.iter().enumerate().map(row).collect();
+    format!(
+        "<h2>Contents</h2>\n<div class=\"scroll\"><table><tr><th>benchmark</th><th>series</th>\
+         <th>runs each</th><th>failed runs</th><th>aims reached</th></tr>\n{rows}</table></div>\n"
+    )
+}
+
+/// Ratios, tables, plots, method, host and parameters of one benchmark.
+fn body(results: &Results) -> String {
+    let mut out = String::new();
     if !results.ratios.is_empty() {
         out.push_str("<h2>Ratios</h2>\n");
         out.push_str(&ratios(results));
     }
-    let plots = plots(results);
-    let mut plots = plots.iter();
-    for (group, kind, series) in groups(results) {
-        let _ = writeln!(out, "<h2>{}</h2>", escaped(group));
-        out.push_str(&match kind {
-            Kind::Latency => latencies(&series),
-            Kind::Throughput => rates(&series, Reading::BytesPerS, f64::from(1 << 20), "MiB/s"),
-            Kind::Cost => rates(&series, Reading::SecondsPerGib, 1.0, "s/GiB"),
-        });
-        let prefix = crate::files::plain(group) + "-";
-        while let Some(plot) = plots.as_slice().first()
-            && plot.name.starts_with(&prefix)
-        {
+    for group in plots::groups(results) {
+        let _ = writeln!(out, "<h2>{}</h2>", escaped(group.name));
+        out.push_str(&numbers(&group));
+        for plot in plots::of(&group) {
             out.push_str(&plot.svg);
-            plots.next();
         }
     }
+    if !results.not_run.is_empty() {
+        let _ = writeln!(out, "<h2>Not run</h2>\n<ul>");
+        for left_out in &results.not_run {
+            let _ = writeln!(out, "<li>{}</li>", escaped(left_out));
+        }
+        out.push_str("</ul>\n");
+    }
+    let failures: String = results
+        .series
+        .iter()
+        .flat_map(|s| s.failures.iter().map(move |said| format!("{}, {}: {said}\n", s.group, s.by)))
+        .collect();
+    if !failures.is_empty() {
+        let _ = write!(out, "<h2>Failed runs</h2>\n<pre>{}</pre>\n", escaped(&failures));
+    }
+    let parameters = escaped(&format!("{:#}", results.parameters));
     let _ = write!(
         out,
-        "<h2>Method</h2>\n<pre>{}</pre>\n<h2>Host</h2>\n{}<h2>Parameters</h2>\n<pre>{}</pre>\n\
-         </body></html>\n",
+        "<details open><summary>Method</summary>\n<pre>{}</pre></details>\n\
+         <details><summary>Host</summary>\n{}</details>\n\
+         <details><summary>Parameters</summary>\n<pre>{parameters}</pre></details>\n",
         escaped(&results.method),
         block(&results.host),
-        escaped(&format!("{:#}", results.parameters))
     );
     out
 }
 
-/// Series of one setting, in the order they were measured.
-fn groups(results: &Results) -> Vec<(&str, Kind, Vec<&Series>)> {
-    let mut groups: Vec<(&str, Kind, Vec<&Series>)> = Vec::new();
-    for series in results.series.iter().filter(|series| !series.runs.is_empty()) {
-        match groups
-            .iter_mut()
-            .find(|(group, kind, _)| *group == series.group && *kind == series.kind)
-        {
-            Some((_, _, of_group)) => of_group.push(series),
-            None => groups.push((&series.group, series.kind, vec![series])),
+/// A group's numbers, as the tables on standard output have them.
+fn numbers(group: &Group<'_>) -> String {
+    let is_latency = group.kind == Kind::Latency;
+    let columns = group.kind.columns();
+    let mut head = vec!["by", "runs"];
+    if is_latency {
+        head.extend(["samples", "min", "mean"]);
+    }
+    for column in &columns {
+        head.push(column.name);
+        if column.spread {
+            head.extend(["least", "largest"]);
         }
     }
-    groups
-}
-
-fn percentile_curve(series: &Series) -> Curve {
-    let all: Distribution = series.distribution();
-    // A step for each tenth of a nine, as far as there are samples.
-    let most = (all.count().max(2) as f64).log10();
-    let steps = 0..=(most * 20.0) as u32;
-    let quantile = |step: u32| 1.0 - 10f64.powf(-f64::from(step) / 20.0);
-    let points = steps.map(|step| (quantile(step), all.at(quantile(step)) as f64)).collect();
-    Curve { label: series.by.clone(), points }
-}
-
-/// Medians of the intervals of all runs, one run after the other.
-fn time_curve(series: &Series) -> Option<Curve> {
-    let (mut points, mut before) = (Vec::new(), 0.0);
-    for run in &series.runs {
-        for interval in &run.recorded.intervals {
-            let middle = before + interval.at_s + interval.seconds / 2.0;
-            points.push((middle, interval.distribution.at(0.5) as f64 / 1e3));
-        }
-        before += run.recorded.seconds;
-    }
-    (points.len() > 1).then(|| Curve { label: series.by.clone(), points })
-}
-
-fn bars_of(series: &[&Series], reading: Reading, scale: f64) -> Vec<Bar> {
-    let bar = |series: &&Series| {
-        let stats = Stats::of(series.readings(reading).into_iter().map(|v| v / scale))?;
-        let (value, min, max) = (stats.median, stats.min, stats.max);
-        Some(Bar { label: series.by.clone(), value, min, max })
-    };
-    series.iter().filter_map(bar).collect()
-}
-
-fn latencies(series: &[&Series]) -> String {
-    let mut head: Vec<&str> = vec!["latency", "runs", "samples", "min", "mean"];
-    head.extend(QUANTILES.map(|(name, _)| name));
     let row = |series: &&Series| {
-        let all = series.distribution();
-        let mut row = vec![
-            series.by.clone(),
-            series.runs.len().to_string(),
-            all.count().to_string(),
-            svg::duration(all.min() as f64),
-            svg::duration(all.mean()),
-        ];
-        for (_, quantile) in QUANTILES {
-            let stats = Stats::of(series.readings(Reading::Quantile(quantile)));
-            row.push(stats.map_or_else(String::new, |stats| svg::duration(stats.median)));
+        let mut row = vec![series.by.clone(), series.runs.len().to_string()];
+        if is_latency {
+            let all = series.distribution();
+            row.push(all.count().to_string());
+            let min = (!series.has_only_means()).then(|| svg::duration(all.min() as f64));
+            row.extend([min.unwrap_or_default(), svg::duration(all.mean())]);
+        }
+        for column in &columns {
+            let stats = series.stats(column);
+            let shown = |value: f64| match is_latency {
+                true => svg::duration(value * column.unit),
+                false => format!("{value:.*}", column.decimals),
+            };
+            let of = |read: fn(&Stats) -> f64| stats.as_ref().map(read).map(shown);
+            row.push(of(|stats| stats.median).unwrap_or_default());
+            if column.spread {
+                row.push(of(|stats| stats.min).unwrap_or_default());
+                row.push(of(|stats| stats.max).unwrap_or_default());
+            }
         }
         row
     };
-    table(&head, series.iter().map(row))
-}
-
-fn rates(series: &[&Series], reading: Reading, scale: f64, unit: &str) -> String {
-    let head = ["by", "runs", unit, "least", "largest", "CPU s/GiB"];
-    let row = |series: &&Series| {
-        let stats = Stats::of(series.readings(reading).into_iter().map(|v| v / scale));
-        let of = |read: fn(&Stats) -> f64| {
-            stats.as_ref().map_or_else(String::new, |stats| format!("{:.2}", read(stats)))
-        };
-        let cpu = Stats::of(series.readings(Reading::CpuPerGib));
-        vec![
-            series.by.clone(),
-            series.runs.len().to_string(),
-            of(|stats| stats.median),
-            of(|stats| stats.min),
-            of(|stats| stats.max),
-            cpu.map_or_else(String::new, |stats| format!("{:.2}", stats.median)),
-        ]
-    };
-    table(&head, series.iter().map(row))
+    table(&head, group.series.iter().map(row))
 }
 
 fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {

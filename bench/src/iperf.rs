@@ -1,22 +1,21 @@
 //! iperf3 between the same end points: what people measure a link with.
 
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::ceiling::{Placement, Streamed};
 use crate::cpu;
+use crate::distribution::Distribution;
 use crate::error::BenchError;
-use crate::net::{End, Net};
+use crate::net::Net;
 use crate::ours::tail;
+use crate::program::serve_and_ask;
+use crate::recorder::{Interval, Recorded};
+use crate::stream_wire::Span;
+use crate::turns::Taken;
 
-/// A run that takes longer hangs.
-const RUN_MAX: Duration = Duration::from_secs(120);
-/// A server that was asked to serve one client ends soon after it.
-const SERVER_END_MAX: Duration = Duration::from_secs(10);
+/// The program, and Debian's package.
+pub(crate) const PROGRAM: &str = "iperf3";
 
 /// One way to run it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -25,8 +24,8 @@ pub(crate) struct IperfWay {
     pub(crate) streams: usize,
     /// `-w` in KiB; `None` leaves the buffers to the kernel.
     pub(crate) buffer_kib: Option<usize>,
-    /// `-l` in KiB.
-    pub(crate) length_kib: usize,
+    /// `-l`.
+    pub(crate) length_bytes: usize,
     /// `-A`: iperf3 (before 3.16) has one thread at each end, whatever the streams.
     pub(crate) placement: Placement,
     /// `-C`.
@@ -50,7 +49,7 @@ impl IperfWay {
                         all.extend(congestion.iter().map(|congestion| Self {
                             streams,
                             buffer_kib,
-                            length_kib,
+                            length_bytes: length_kib << 10,
                             placement,
                             congestion: congestion.clone(),
                         }));
@@ -63,7 +62,7 @@ impl IperfWay {
 
     /// As tables have it.
     pub(crate) fn name(&self) -> String {
-        let mut name = format!("iperf3 -P {} -l {}K", self.streams, self.length_kib);
+        let mut name = format!("iperf3 -P {} -l {}", self.streams, self.length());
         if let Some(kib) = self.buffer_kib {
             name.push_str(&format!(" -w {kib}K"));
         }
@@ -79,38 +78,69 @@ impl IperfWay {
     /// Sends `bytes` once.
     pub(crate) fn run(&self, net: &Net, bytes: u64) -> Result<Streamed, BenchError> {
         let (busy, children) = (cpu::machine_busy_s()?, cpu::ended_children_s()?);
-        let (address, program) = (net.target_address(), Path::new("iperf3"));
-        let port = address.port().to_string();
-        let mut server = net.command(End::Target, program);
-        server.args(["-s", "-1", "--forceflush", "-p", &port, "-B", &address.ip().to_string()]);
-        let mut server = Running::start(&mut server)?;
-        server.wait_listening()?;
-
-        let mut client = net.command(End::Source, program);
-        client.args(["-J", "-c", &address.ip().to_string(), "-p", &port]);
-        client.args(["-n", &bytes.to_string(), "-P", &self.streams.to_string()]);
-        client.args(["-l", &format!("{}K", self.length_kib)]);
-        if let Some(kib) = self.buffer_kib {
-            client.args(["-w", &format!("{kib}K")]);
-        }
-        if let Some(affinity) = self.affinity() {
-            client.args(["-A", &affinity]);
-        }
-        if let Some(congestion) = &self.congestion {
-            client.args(["-C", congestion]);
-        }
-        let mut client = Running::start(&mut client)?;
-        let said = client.finish(RUN_MAX)?;
-        server.finish(SERVER_END_MAX)?;
-        let unexpected = || BenchError::Unexpected { program: "iperf3".into(), said: tail(&said) };
-        let report: Value = serde_json::from_str(&said).map_err(|_| unexpected())?;
-        let received = &report["end"]["sum_received"];
+        let report = self.report(net, &["-n".into(), bytes.to_string()])?;
+        let (bytes, seconds) = received(&report).ok_or_else(|| unexpected(&report))?;
         Ok(Streamed {
-            bytes: received["bytes"].as_u64().ok_or_else(unexpected)?,
-            seconds: received["seconds"].as_f64().ok_or_else(unexpected)?,
+            bytes,
+            seconds,
             cpu_s: cpu::ended_children_s()? - children,
             machine_cpu_s: cpu::machine_busy_s()? - busy,
         })
+    }
+
+    /// Sends for some time; of the receiver's account, with the sender's intervals.
+    pub(crate) fn stream(
+        &self,
+        net: &Net,
+        span: Span,
+        interval_ms: u64,
+    ) -> Result<Taken, BenchError> {
+        // It takes whole seconds, and intervals from a tenth of one on.
+        let whole = |seconds: f64| (seconds.ceil().max(1.0) as u64).to_string();
+        let interval_s = (interval_ms as f64 / 1e3).max(0.1);
+        let mut words = vec!["-t".into(), whole(span.seconds), "-i".into(), interval_s.to_string()];
+        if span.warm_up_s > 0.0 {
+            words.extend(["-O".into(), whole(span.warm_up_s)]);
+        }
+        let report = self.report(net, &words)?;
+        let (bytes, seconds) = received(&report).ok_or_else(|| unexpected(&report))?;
+        let distribution = Distribution::default();
+        let intervals = intervals(&report);
+        let said = report["end"]["cpu_utilization_percent"].clone();
+        let recorded = Recorded { bytes, seconds, distribution, intervals };
+        Ok(Taken { recorded, said: json!({ "cpu_utilization_percent": said }) })
+    }
+
+    /// What it says in JSON.
+    fn report(&self, net: &Net, amount: &[String]) -> Result<Value, BenchError> {
+        let address = net.target_address();
+        let (ip, port) = (address.ip().to_string(), address.port().to_string());
+        let server = ["-s", "-1", "-p", &port, "-B", &ip].map(String::from);
+        let mut client: Vec<String> = ["-J", "-c", &ip, "-p", &port].map(String::from).into();
+        client.extend(amount.iter().cloned());
+        client.extend(["-P".into(), self.streams.to_string()]);
+        client.extend(["-l".into(), self.length()]);
+        if let Some(kib) = self.buffer_kib {
+            client.extend(["-w".into(), format!("{kib}K")]);
+        }
+        if let Some(affinity) = self.affinity() {
+            client.extend(["-A".into(), affinity]);
+        }
+        if let Some(congestion) = &self.congestion {
+            client.extend(["-C".into(), congestion.clone()]);
+        }
+        let (server, client) = ((None, server.into()), (None, client));
+        let said = serve_and_ask(net, PROGRAM, address, server, client)?;
+        let not_json = |_| BenchError::Unexpected { program: PROGRAM.into(), said: tail(&said) };
+        serde_json::from_str(&said).map_err(not_json)
+    }
+
+    /// As `-l` takes it.
+    fn length(&self) -> String {
+        match self.length_bytes % 1024 {
+            0 => format!("{}K", self.length_bytes / 1024),
+            _ => self.length_bytes.to_string(),
+        }
     }
 
     fn affinity(&self) -> Option<String> {
@@ -119,71 +149,53 @@ impl IperfWay {
     }
 }
 
-/// A program whose output is read; dropped, it is killed.
-struct Running {
-    child: Child,
-    reader: Option<std::thread::JoinHandle<String>>,
-    listening: std::sync::mpsc::Receiver<()>,
+/// Bytes that were received, and in which time.
+fn received(report: &Value) -> Option<(u64, f64)> {
+    let received = &report["end"]["sum_received"];
+    Some((received["bytes"].as_u64()?, received["seconds"].as_f64()?))
 }
 
-impl Running {
-    fn start(command: &mut Command) -> Result<Self, BenchError> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn().map_err(BenchError::io("run", "iperf3"))?;
-        let (heard, listening) = std::sync::mpsc::channel();
-        let out = child.stdout.take();
-        let reader = std::thread::spawn(move || {
-            use std::io::{BufRead, BufReader};
-            let mut said = String::new();
-            for line in out.into_iter().flat_map(|out| BufReader::new(out).lines()).flatten() {
-                if line.contains("listening") {
-                    // Nobody waits for it at the client's end.
-                    let _ = heard.send(());
-                }
-                said.push_str(&line);
-                said.push('\n');
-            }
-            said
-        });
-        Ok(Self { child, reader: Some(reader), listening })
-    }
-
-    fn wait_listening(&mut self) -> Result<(), BenchError> {
-        self.listening.recv_timeout(SERVER_END_MAX).map_err(|_| BenchError::Timeout {
-            what: "iperf3 to listen".into(),
-            waited_s: SERVER_END_MAX.as_secs(),
-        })
-    }
-
-    /// Waits for its end; what it said.
-    fn finish(&mut self, longest: Duration) -> Result<String, BenchError> {
-        let started = Instant::now();
-        let status = loop {
-            match self.child.try_wait().map_err(BenchError::io("wait for", "iperf3"))? {
-                Some(status) => break status,
-                None if started.elapsed() > longest => {
-                    let (what, waited_s) = ("iperf3 to end".into(), longest.as_secs());
-                    return Err(BenchError::Timeout { what, waited_s });
-                }
-                None => std::thread::sleep(Duration::from_millis(5)),
-            }
+/// Those after what is omitted. The first one's own times are wrong (3.12): each one goes on until
+/// the next one starts.
+fn intervals(report: &Value) -> Vec<Interval> {
+    let all = report["intervals"].as_array().cloned().unwrap_or_default();
+    let sums = all.into_iter().map(|mut interval| interval["sum"].take());
+    let kept: Vec<Value> = sums.filter(|sum| sum["omitted"] == false).collect();
+    let number = |sum: &Value, name: &str| sum[name].as_f64().unwrap_or(0.0);
+    let interval = |(index, sum): (usize, &Value)| {
+        let at_s = if index == 0 { 0.0 } else { number(sum, "start") };
+        let seconds = match kept.get(index + 1) {
+            Some(next) => number(next, "start") - at_s,
+            None => number(sum, "seconds"),
         };
-        // The reader has no reason to panic; an empty report is refused by whoever reads it.
-        let said = self.reader.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
-        match status.success() {
-            true => Ok(said),
-            false => {
-                let program = "iperf3".to_owned();
-                Err(BenchError::Program { program, status, said: tail(&said) })
-            }
-        }
-    }
+        let distribution = Distribution::default();
+        Interval { at_s, seconds, bytes: sum["bytes"].as_u64().unwrap_or(0), distribution }
+    };
+    kept.iter().enumerate().map(interval).collect()
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+fn unexpected(report: &Value) -> BenchError {
+    BenchError::Unexpected { program: PROGRAM.into(), said: tail(&report.to_string()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What 3.12 says of `-t 1 -O 1 -i 0.5`, with its first interval after the omitted ones.
+    #[test]
+    fn what_it_says_is_read() {
+        let sum = |start: f64, seconds: f64, bytes: u64, omitted: bool| json!({ "sum": { "start": start, "seconds": seconds, "bytes": bytes, "omitted": omitted } });
+        let report = json!({
+            "intervals": [
+                sum(0.0, 0.5, 1, true), sum(0.5, 0.5, 2, true),
+                sum(0.5, 1.0, 30, false), sum(0.5, 0.5, 40, false),
+            ],
+            "end": { "sum_received": { "bytes": 70, "seconds": 0.99 } },
+        });
+        assert_eq!(received(&report), Some((70, 0.99)));
+        let read: Vec<(f64, f64, u64)> =
+            intervals(&report).iter().map(|i| (i.at_s, i.seconds, i.bytes)).collect();
+        assert_eq!(read, [(0.0, 0.5, 30), (0.5, 0.5, 40)]);
     }
 }

@@ -1,205 +1,146 @@
 //! `latency`: request and response over TCP and RDMA, as whole distributions, beside the tools
 //! people trust.
 
-use std::net::{IpAddr, Ipv4Addr};
-
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::args::{Carrier, LatencyArgs, Tool};
+use crate::ends::Ends;
 use crate::error::BenchError;
-use crate::goals::Goal;
-use crate::perftest::{PerftestWay, is_installed};
+use crate::perftest::PerftestWay;
+use crate::qperf::Test;
 use crate::rdma_wire::{self, Verb};
 use crate::recorder::{Pace, Recorded};
 use crate::results::Results;
-use crate::series::{Kind, Reading, Series, SeriesRun, ratio};
-use crate::serve::Peer;
-use crate::{cpu, interrupt, output, tcp_tools, tcp_wire};
+use crate::series::{Kind, Series};
+use crate::tcp_wire::{self, Calls};
+use crate::turns::{Entrant, Setting};
+use crate::{qperf, sockperf, svg, tools, turns};
 
 /// Runs of tools that take a time instead of a number.
-const TOOL_SECONDS: u64 = 2;
+const TOOL_SECONDS: f64 = 2.0;
 /// One request at a time is posted; a queue has to have some room.
 const DEPTH: u32 = 16;
 
-/// One who takes part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Contender {
-    Ours(Carrier),
-    Tool(Tool, Carrier),
-}
-
-impl Contender {
-    fn name(self) -> String {
-        match self {
-            Self::Ours(_) => "pageferry-bench".into(),
-            Self::Tool(Tool::Perftest, carrier) => format!("{} -R", perftest(carrier, 0).program()),
-            Self::Tool(Tool::Sockperf, _) => "sockperf ping-pong --tcp".into(),
-            Self::Tool(Tool::Qperf, _) => "qperf tcp_lat".into(),
-        }
-    }
+/// One who takes part, with the size of its messages.
+#[derive(Clone, Copy, Debug)]
+struct Contender {
+    carrier: Carrier,
+    tool: Option<Tool>,
+    bytes: u32,
 }
 
 /// The benchmark.
 pub(crate) fn run(args: &LatencyArgs) -> Result<(), BenchError> {
     let mut results = Results::begin("latency", json!(args));
-    let mut all: Vec<(Contender, u32, Series)> = Vec::new();
-    for &carrier in &args.over {
+    let ends = Ends::new(&args.wire)?;
+    let mut settings: Vec<Setting<Contender>> = Vec::new();
+    for name in ["TCP", "RDMA WRITE", "RDMA READ", "RDMA SEND"] {
+        let of_it = |carrier: &Carrier| carrier.group() == name;
+        let carriers: Vec<Carrier> = args.over.iter().copied().filter(of_it).collect();
+        let Some(&first) = carriers.first() else { continue };
+        let tools = match args.wire.to {
+            None => tools::usable(&args.vs, name, |tool| program(tool, &carriers)),
+            Some(_) => Vec::new(),
+        };
         for &bytes in &args.sizes {
-            let mut contenders = vec![Contender::Ours(carrier)];
-            contenders.extend(tools(args, carrier).map(|tool| Contender::Tool(tool, carrier)));
-            for contender in contenders {
-                let group = format!("{} {}", carrier_name(carrier), size(bytes));
-                let parameters = json!({
-                    "carrier": carrier, "bytes": bytes, "rate": args.rate,
-                    "measured": if halves(carrier) { "half of a round trip" } else { "all of it" },
-                });
-                let series = Series::new(&group, &contender.name(), Kind::Latency, parameters);
-                all.push((contender, bytes, series));
-            }
+            let group = format!("{name} {}", svg::size(bytes.into()));
+            let entrant = |carrier, tool| entrant(args, &group, Contender { carrier, tool, bytes });
+            let ours = carriers.iter().map(|carrier| entrant(*carrier, None));
+            let carrier = if first.is_tcp() { Carrier::Tcp } else { first };
+            let theirs = tools.iter().map(|tool| entrant(carrier, Some(*tool)));
+            settings.push(ours.chain(theirs).collect());
         }
     }
-    for turn in 0..args.turns {
-        let count = all.len();
-        for index in 0..count {
-            let (contender, bytes, series) = &mut all[(index + turn as usize) % count];
-            interrupt::check()?;
-            one_run(args, *contender, *bytes, turn, series);
-        }
-    }
-    let series: Vec<Series> = all.into_iter().map(|(_, _, series)| series).collect();
-    for theirs in series.iter().filter(|s| s.by != "pageferry-bench" && !s.runs.is_empty()) {
-        let is_ours = |s: &&Series| s.group == theirs.group && s.by == "pageferry-bench";
-        let Some(ours) = series.iter().find(is_ours) else { continue };
-        if theirs.by.starts_with("qperf") {
-            // Its one number is a mean: compared with ours.
-            let mean = Reading::Mean;
-            results.ratios.push(ratio("mean", ours, theirs, mean, Some(Goal::AtMost(1.03))));
-            continue;
-        }
-        for (name, quantile) in [("p50", 0.5), ("p99", 0.99)] {
-            let (reading, goal) = (Reading::Quantile(quantile), Some(Goal::AtMost(1.03)));
-            results.ratios.push(ratio(name, ours, theirs, reading, goal));
-        }
-    }
-    results.series = series;
+    turns::take(args.turns, &mut settings, |who| Ok(measure(args, &ends, *who)?.map(Into::into)))?;
+    results.series = turns::series(settings);
+    let is_ours = |series: &Series| series.parameters["tool"].is_null();
+    results.ratios = tools::ratios(&results.series, is_ours, |ours, _| ours.by == OURS);
     results.finish(&args.output)
 }
 
-/// Those asked for that fit what carries the messages and are installed.
-fn tools(args: &LatencyArgs, carrier: Carrier) -> impl Iterator<Item = Tool> {
-    let fits = move |tool: &Tool| match tool {
-        Tool::Perftest => verb(carrier).is_some(),
-        Tool::Sockperf | Tool::Qperf => carrier == Carrier::Tcp,
+fn entrant(args: &LatencyArgs, group: &str, who: Contender) -> Entrant<Contender> {
+    let Contender { carrier, tool, bytes } = who;
+    let by = match tool {
+        None => format!("{OURS}{}", carrier.variant()),
+        Some(Tool::Perftest) => format!("{} -R", perftest(carrier, bytes).program()),
+        Some(Tool::Qperf) => format!("qperf {}", qperf_test(carrier).name()),
+        Some(Tool::Sockperf) => "sockperf ping-pong --tcp".into(),
+        Some(tool) => tool.package().into(),
     };
-    let is_there = move |tool: &Tool| {
-        let program = match tool {
-            Tool::Perftest => perftest(carrier, 0).program(),
-            Tool::Sockperf => "sockperf",
-            Tool::Qperf => "qperf",
-        };
-        let there = is_installed(program);
-        if !there {
-            println!("{program} is not installed: left out");
-        }
-        there
-    };
-    args.vs.iter().copied().filter(fits).filter(is_there).collect::<Vec<_>>().into_iter()
+    let parameters = json!({
+        "carrier": carrier, "tool": tool, "bytes": bytes, "rate": args.rate,
+        "cores": args.wire.cores,
+        "measured": if carrier.halves() { "half of a round trip" } else { "all of it" },
+    });
+    Entrant { who, series: Series::new(group, &by, Kind::Latency, parameters) }
 }
 
-fn one_run(args: &LatencyArgs, who: Contender, bytes: u32, turn: u32, series: &mut Series) {
-    let busy = cpu::machine_busy_s().unwrap_or(f64::NAN);
-    match measure(args, who, bytes) {
-        Ok(Some(recorded)) => {
-            let machine_cpu_s = cpu::machine_busy_s().unwrap_or(f64::NAN) - busy;
-            let p50 = recorded.distribution.at(0.5) as f64 / 1e3;
-            let (group, by) = (&series.group, &series.by);
-            output::progress(&format!("turn {turn}: {group}: {by}: p50 {p50:.2} us"));
-            series.runs.push(SeriesRun { turn, recorded, machine_cpu_s, said: Value::Null });
-        }
-        Ok(None) => {}
-        Err(error) => {
-            let failure = format!("turn {turn}: {}", error.chain());
-            output::progress(&format!("{}: {}: {failure}", series.group, series.by));
-            series.failures.push(failure);
-        }
-    }
-}
+/// As our own series are called where they do what tools do.
+const OURS: &str = "pageferry-bench";
 
 fn measure(
     args: &LatencyArgs,
-    contender: Contender,
-    bytes: u32,
+    ends: &Ends,
+    who: Contender,
 ) -> Result<Option<Recorded>, BenchError> {
-    let (Contender::Ours(carrier) | Contender::Tool(_, carrier)) = contender;
+    let Contender { carrier, tool, bytes } = who;
     let pace = Pace {
         warm_up: args.warm_up,
         operations: args.operations,
         rate: args.rate,
         interval_ms: args.interval_ms,
-        half: halves(carrier),
+        half: carrier.halves(),
     };
-    let cores = if args.no_pin { None } else { cpu::two_cores() };
-    match contender {
-        Contender::Tool(Tool::Sockperf, _) => tcp_tools::sockperf(bytes, cores, pace, TOOL_SECONDS),
-        Contender::Tool(Tool::Qperf, _) => {
-            tcp_tools::qperf(bytes, Ipv4Addr::LOCALHOST.into(), cores, TOOL_SECONDS).map(Some)
-        }
-        Contender::Tool(Tool::Perftest, _) => {
-            let ends = args.ends.resolve()?;
-            let way = perftest(carrier, bytes);
-            way.ping_pong(&ends.device, ends.peer, cores, pace).map(Some)
-        }
-        Contender::Ours(_) => ours(args, carrier, bytes, cores, pace).map(Some),
+    match tool {
+        None => ours(ends, carrier, bytes, pace).map(Some),
+        Some(Tool::Sockperf) => sockperf::ping_pong(ends, bytes, pace, TOOL_SECONDS),
+        Some(Tool::Qperf) => qperf_test(carrier).run(ends, bytes, TOOL_SECONDS).map(Some),
+        Some(Tool::Perftest) => perftest(carrier, bytes).ping_pong(ends, pace).map(Some),
+        Some(Tool::Iperf3 | Tool::Qemu) => Ok(None),
     }
 }
 
-/// On a thread of its own: only it is to be kept on one core.
-fn ours(
-    args: &LatencyArgs,
-    carrier: Carrier,
-    bytes: u32,
-    cores: Option<(usize, usize)>,
-    pace: Pace,
-) -> Result<Recorded, BenchError> {
-    let there = cores.map(|(server, _)| server);
-    let start = |at: IpAddr| match args.to {
-        Some(address) => Peer::connect(address),
-        None => Peer::start(at, there),
-    };
-    let work = || {
-        if let Some((_, client)) = cores {
-            cpu::pin_to(client)?;
+fn ours(ends: &Ends, carrier: Carrier, bytes: u32, pace: Pace) -> Result<Recorded, BenchError> {
+    match carrier.verb() {
+        None => {
+            let calls = match carrier {
+                Carrier::TcpPoll => Calls::Poll,
+                Carrier::TcpUring => Calls::Uring,
+                _ => Calls::Sleep,
+            };
+            let way = tcp_wire::Way::echo(bytes, calls);
+            ends.tcp(|peer| tcp_wire::ping_pong(peer, &way, pace))
         }
-        match verb(carrier) {
-            None => {
-                let way = tcp_wire::Way { bytes, poll: carrier == Carrier::TcpPoll };
-                let mut peer = start(Ipv4Addr::LOCALHOST.into())?;
-                tcp_wire::ping_pong(&mut peer, &way, pace)
-            }
-            Some(verb) => {
-                let ends = args.ends.resolve()?;
-                let way = rdma_wire::Way {
-                    verb,
-                    bytes,
-                    depth: DEPTH,
-                    signal_every: 1,
-                    chain: 1,
-                    queue_pairs: 1,
-                    huge: false,
-                };
-                let mut peer = start(ends.peer)?;
-                rdma_wire::ping_pong(&mut peer, ends.local, &way, pace)
-            }
+        Some(verb) => {
+            let way = rdma_wire::Way {
+                verb,
+                bytes,
+                depth: DEPTH,
+                signal_every: 1,
+                chain: 1,
+                queue_pairs: 1,
+                memory_bytes: 0,
+                huge: false,
+            };
+            ends.over_rdma(|from, peer| rdma_wire::ping_pong(peer, from, &way, pace))
         }
-    };
-    std::thread::scope(|scope| {
-        scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    }
+}
+
+/// What a tool runs beside these, if it does such a thing.
+fn program(tool: Tool, carriers: &[Carrier]) -> Option<&'static str> {
+    let first = carriers.first()?;
+    match tool {
+        Tool::Perftest => first.verb().map(|_| perftest(*first, 0).program()),
+        Tool::Qperf => Some(qperf::PROGRAM),
+        Tool::Sockperf => first.is_tcp().then_some(sockperf::PROGRAM),
+        Tool::Iperf3 | Tool::Qemu => None,
+    }
 }
 
 fn perftest(carrier: Carrier, bytes: u32) -> PerftestWay {
     PerftestWay {
-        verb: verb(carrier).unwrap_or(Verb::Write),
+        verb: carrier.verb().unwrap_or(Verb::Write),
         streams: false,
         bytes,
         queue_pairs: 1,
@@ -209,34 +150,45 @@ fn perftest(carrier: Carrier, bytes: u32) -> PerftestWay {
     }
 }
 
-fn verb(carrier: Carrier) -> Option<Verb> {
-    match carrier {
-        Carrier::Tcp | Carrier::TcpPoll => None,
-        Carrier::RdmaWrite => Some(Verb::Write),
-        Carrier::RdmaRead => Some(Verb::Read),
-        Carrier::RdmaSend => Some(Verb::Send),
+fn qperf_test(carrier: Carrier) -> Test {
+    carrier.verb().map_or(Test::TcpLatency, Test::RdmaLatency)
+}
+
+impl Carrier {
+    fn verb(self) -> Option<Verb> {
+        match self {
+            Self::Tcp | Self::TcpPoll | Self::TcpUring => None,
+            Self::RdmaWrite => Some(Verb::Write),
+            Self::RdmaRead => Some(Verb::Read),
+            Self::RdmaSend => Some(Verb::Send),
+        }
     }
-}
 
-/// A READ is there and back by itself.
-fn halves(carrier: Carrier) -> bool {
-    carrier != Carrier::RdmaRead
-}
-
-fn carrier_name(carrier: Carrier) -> &'static str {
-    match carrier {
-        Carrier::Tcp => "TCP",
-        Carrier::TcpPoll => "TCP, polled",
-        Carrier::RdmaWrite => "RDMA WRITE",
-        Carrier::RdmaRead => "RDMA READ",
-        Carrier::RdmaSend => "RDMA SEND",
+    /// A READ is there and back by itself.
+    fn halves(self) -> bool {
+        self != Self::RdmaRead
     }
-}
 
-fn size(bytes: u32) -> String {
-    match bytes {
-        0..1024 => format!("{bytes} B"),
-        1024..1_048_576 => format!("{} KiB", bytes / 1024),
-        _ => format!("{} MiB", bytes >> 20),
+    fn is_tcp(self) -> bool {
+        self.verb().is_none()
+    }
+
+    /// Those that are compared with each other.
+    fn group(self) -> &'static str {
+        match self.verb() {
+            None => "TCP",
+            Some(Verb::Write) => "RDMA WRITE",
+            Some(Verb::Read) => "RDMA READ",
+            Some(Verb::Send) => "RDMA SEND",
+        }
+    }
+
+    /// What is different from what tools do.
+    fn variant(self) -> &'static str {
+        match self {
+            Self::TcpPoll => ", polled",
+            Self::TcpUring => ", io_uring",
+            Self::Tcp | Self::RdmaWrite | Self::RdmaRead | Self::RdmaSend => "",
+        }
     }
 }

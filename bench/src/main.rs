@@ -1,19 +1,16 @@
 //! Benchmarks of Pageferry beside the tools people trust.
 //!
 //! ```text
-//! migrate_vs_qemu   the same guest memory by us, by QEMU, by iperf3 and by bare sockets
-//! slowdown          what a writing guest loses while it is moved
-//! rails             several links beside one
-//! drain_table       many guests of a host, emptied over links of several speeds
-//! sparse            what memory that was never touched costs
-//!        └─ rig     one guest that hops from QEMU to QEMU; by pageferry or by QEMU's migration
-//! ```
-//! Messages, as whole distributions, and RDMA beside other tools:
-//! ```text
-//! rdma_vs_perftest, rdma_vs_qemu, latency
-//!        ├─ serve      the other end, a process of its own (rdma_wire, lanes_wire, tcp_wire)
-//!        ├─ recorder   samples of a run; distribution, series: what is kept of them
-//!        └─ results    tables, JSON, html and svg, files (.hgrm, .hlog); compare
+//! wires    latency, throughput, pages, rdma_vs_perftest
+//!            └─ ends      this process and `serve`, another one (tcp_wire, stream_wire, rdma_wire,
+//!                         lanes_wire); tools beside them (iperf, qperf, sockperf, perftest)
+//! memory   scan, register
+//! guests   migrate, migrate_vs_qemu, slowdown, rails, sparse, rdma_vs_qemu
+//!          drain_table
+//!            └─ rig       one guest that hops from QEMU to QEMU; by pageferry or by QEMU's migration
+//! all      turns          everyone in turn; recorder: samples of a run; series: all of somebody's
+//!          results        tables, JSON, html and svg, files (.hgrm, .hlog); compare, show
+//!          report         all of them, one after the other, as one page
 //! ```
 //! Whole migrations are measured from outside: QMP events, `/proc`, `getrusage` of ended children, the
 //! guest's console. The method is printed before the numbers; it stands in `docs/benchmarks.md`.
@@ -27,6 +24,7 @@ mod contender;
 mod cpu;
 mod distribution;
 mod drain_table;
+mod ends;
 mod error;
 mod files;
 mod goals;
@@ -40,33 +38,45 @@ mod latency;
 mod machine;
 mod memory;
 mod method;
+mod migrate;
 mod migrate_vs_qemu;
 mod moved;
 mod net;
 mod ours;
 mod output;
+mod pages;
 mod pause;
 mod perftest;
+mod places;
+mod plots;
+mod program;
 mod qemu;
+mod qperf;
 mod rails;
 mod rdma_vm;
 mod rdma_vs_perftest;
 mod rdma_vs_qemu;
 mod rdma_wire;
 mod recorder;
+mod register;
 mod report;
 mod results;
 mod rig;
+mod scan;
 mod screening;
 mod series;
 mod serve;
 mod slowdown;
+mod sockperf;
 mod sparse;
 mod stats;
+mod stream_wire;
 mod svg;
 mod table;
-mod tcp_tools;
 mod tcp_wire;
+mod throughput;
+mod tools;
+mod turns;
 
 use std::process::ExitCode;
 
@@ -77,7 +87,11 @@ fn main() -> ExitCode {
     // Numbers mean nothing beside a test that runs guests, nor do a test's bounds beside these.
     let _alone = match cli.command {
         // These measure nothing themselves, and the machine in `rdma-vm` has a lock of its own.
-        args::Command::Serve(_) | args::Command::Compare(_) | args::Command::Show(_) => None,
+        // Each part of a report takes the lock itself.
+        args::Command::Serve(_)
+        | args::Command::Compare(_)
+        | args::Command::Show(_)
+        | args::Command::Report(_) => None,
         _ => pageferry_ctl::lab::one_at_a_time(),
     };
     let done = interrupt::catch().and_then(|()| match &cli.command {
@@ -90,6 +104,12 @@ fn main() -> ExitCode {
         args::Command::RdmaVsQemu(args) => rdma_vs_qemu::run(args),
         args::Command::Compare(args) => compare::run(args),
         args::Command::Latency(args) => latency::run(args),
+        args::Command::Throughput(args) => throughput::run(args),
+        args::Command::Scan(args) => scan::run(args),
+        args::Command::Register(args) => register::run(args),
+        args::Command::Pages(args) => pages::run(args),
+        args::Command::Migrate(args) => migrate::run(args),
+        args::Command::Report(args) => report::run(args),
         args::Command::Show(args) => {
             results::Results::read(&args.results).and_then(|read| read.finish(&args.output))
         }

@@ -26,12 +26,23 @@ fn section(heading: &str) -> &'static str {
 mod tests {
     #[test]
     fn every_benchmark_has_a_method() {
-        for benchmark in ["migrate-vs-qemu", "slowdown", "sparse", "drain-table"] {
+        for benchmark in
+            ["migrate", "migrate-vs-qemu", "slowdown", "rails", "sparse", "drain-table"]
+        {
             let method = super::of(benchmark);
             let (common, own) = method.split_once("\n\n").expect("two parts");
             assert!(common.len() > 100 && own.len() > 100, "{benchmark}: {method}");
         }
-        for benchmark in ["latency", "rdma-vs-perftest", "rdma-vs-qemu"] {
+        for benchmark in [
+            "latency",
+            "throughput",
+            "pages",
+            "scan",
+            "register",
+            "report",
+            "rdma-vs-perftest",
+            "rdma-vs-qemu",
+        ] {
             let method = super::of_distributions(benchmark);
             let (common, own) = method.split_once("\n\n").expect("two parts");
             assert!(common.len() > 100 && own.len() > 100, "{benchmark}: {method}");

@@ -15,8 +15,8 @@ use crate::interrupt;
 use crate::iperf::IperfWay;
 use crate::output;
 use crate::qemu::QemuWay;
-use crate::report::{self, Report};
-use crate::rig::{GuestShape, Hop, Mover, Rig, SETTLE};
+use crate::results::Results;
+use crate::rig::{GuestShape, Mover, Rig, SETTLE};
 use crate::screening::{Screened, screen};
 
 const NAME: &str = "migrate-vs-qemu";
@@ -39,7 +39,6 @@ pub(crate) fn run(args: &MigrateVsQemuArgs) -> Result<(), BenchError> {
     let fill_mib = args.mib.unwrap_or(if common.quick { 256 } else { 2048 });
     let mut rig = Rig::new(common, shape(args, fill_mib))?;
     let host = Host::of(&rig)?;
-    output::preamble(NAME, &host);
     output::progress("starting the guest and filling its memory");
     rig.guest()?;
     let setup = json!({
@@ -47,7 +46,7 @@ pub(crate) fn run(args: &MigrateVsQemuArgs) -> Result<(), BenchError> {
         "quick": common.quick, "migrate_args": common.migrate_args,
         "target_args": common.target_args,
     });
-    let mut report = Report::new(NAME, &host, setup);
+    let mut results = Results::of_guests(NAME, &host, setup);
     let mut bench = Bench { args, rig, fill_mib };
 
     let congestion = bench.congestion_controls()?;
@@ -55,12 +54,12 @@ pub(crate) fn run(args: &MigrateVsQemuArgs) -> Result<(), BenchError> {
     if bench.wanted("sockets") {
         let (all, kept) = bench.screen_ceilings(&congestion)?;
         fixed.extend(all.iter().take(kept).map(|s| Contender::Ceiling(s.way.clone())));
-        report.add("screening_ceiling", json!(all));
+        results.parameters["screening_ceiling"] = json!(all);
     }
     if bench.wanted("iperf3") {
         let (all, kept) = bench.screen_iperf(&congestion)?;
         fixed.extend(all.iter().take(kept).map(|s| Contender::Iperf(s.way.clone())));
-        report.add("screening_iperf3", json!(all));
+        results.parameters["screening_iperf3"] = json!(all);
     }
     for (name, warm) in [("warm", true), ("cold", false)] {
         let skipped = if warm { Tables::Cold } else { Tables::Warm };
@@ -68,14 +67,13 @@ pub(crate) fn run(args: &MigrateVsQemuArgs) -> Result<(), BenchError> {
             continue;
         }
         let records = bench.table(name, warm, &fixed)?;
-        let ratios = goals::ratios(&records, warm);
-        println!("\n{}", name.to_uppercase());
-        output::records(name, &records, goals::ceiling_gib_per_s(&records));
-        println!("{}", goals::text(&ratios));
-        report.add(name, report::records(&records));
-        report.add(&format!("{name}_ratios"), json!(ratios));
+        let mut ratios = goals::ratios(&records, warm);
+        ratios.iter_mut().for_each(|ratio| ratio.what.insert_str(0, &format!("{name}: ")));
+        results.ratios.extend(ratios);
+        let gib = bench.gib();
+        results.series.extend(records.iter().map(|record| record.series(name, gib)));
     }
-    report.write(common.json.as_deref())
+    results.finish(&common.output)
 }
 
 fn shape(args: &MigrateVsQemuArgs, fill_mib: u64) -> GuestShape {
@@ -204,21 +202,6 @@ impl Bench<'_> {
         Ok(records)
     }
 
-    /// Has the guest check all its memory before we move it and afterwards, so that what was lost
-    /// before is not ours. Wrong memory after our move ends everything.
-    fn hop_of_ours(&mut self, warm: bool) -> Result<Hop, BenchError> {
-        if let Err(error) = self.rig.verify() {
-            output::progress(&format!("starting a new guest: {}", error.chain()));
-            self.rig.give_up_guest();
-        }
-        let hop = self.rig.hop(Mover::Pageferry, warm)?;
-        if hop.lost.is_none() {
-            let pages = self.rig.verify()?;
-            output::progress(&format!("the guest checked {pages} pages after that: good"));
-        }
-        Ok(hop)
-    }
-
     /// One run, and what was seen last if it cost the guest.
     fn run_one(
         &mut self,
@@ -229,7 +212,7 @@ impl Bench<'_> {
         let streamed = match contender {
             Contender::Mover(mover) => {
                 let hop = match mover {
-                    Mover::Pageferry => self.hop_of_ours(warm)?,
+                    Mover::Pageferry => self.rig.hop_checked(warm)?,
                     Mover::Qemu(_) => self.rig.hop(*mover, warm)?,
                 };
                 let run = Run::of_moved(turn, &hop.moved, hop.tick_gap_ms, self.gib());

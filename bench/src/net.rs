@@ -1,11 +1,11 @@
 //! The two end points: namespaces joined by veth, or one loopback device.
 
-use std::cell::Cell;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect,
@@ -38,15 +38,17 @@ pub(crate) struct Tuning {
 }
 
 /// Where everyone's bytes go.
+#[derive(Debug)]
 pub(crate) struct Net {
     ends: Ends,
-    next_port: Cell<u16>,
+    next_port: AtomicU16,
     /// The guest went over: what was the target is the source now.
-    swapped: Cell<bool>,
+    swapped: AtomicBool,
     /// There are more links than one.
-    rails: Cell<bool>,
+    rails: AtomicBool,
 }
 
+#[derive(Debug)]
 enum Ends {
     Veth(Box<TwoHosts>),
     Loopback(Namespace),
@@ -57,27 +59,35 @@ enum Ends {
 impl Net {
     /// Makes what `common` asks for.
     pub(crate) fn new(common: &Common, workplace: &Arc<Workplace>) -> Result<Self, BenchError> {
-        let ends = match common.net {
-            NetKind::Veth => Ends::Veth(Box::new(TwoHosts::new(workplace)?)),
-            // In a namespace of its own, neither ports nor settings are anyone else's.
-            NetKind::Loopback if is_root() => Ends::Loopback(Namespace::new(workplace, "b")?),
-            NetKind::Loopback => Ends::Machine,
-        };
-        let net = Self {
-            ends,
-            next_port: Cell::new(FIRST_PORT),
-            swapped: Cell::new(false),
-            rails: Cell::new(false),
-        };
+        let net = Self::between(common.net, workplace)?;
         if let Some(name) = &common.congestion {
             net.set_congestion_control(name)?;
         }
         Ok(net)
     }
 
+    /// The two ends of this kind.
+    pub(crate) fn between(kind: NetKind, workplace: &Arc<Workplace>) -> Result<Self, BenchError> {
+        Ok(Self::of(match kind {
+            NetKind::Veth => Ends::Veth(Box::new(TwoHosts::new(workplace)?)),
+            // In a namespace of its own, neither ports nor settings are anyone else's.
+            NetKind::Loopback if is_root() => Ends::Loopback(Namespace::new(workplace, "b")?),
+            NetKind::Loopback => Ends::Machine,
+        }))
+    }
+
+    /// Both ends on the machine's own loopback device.
+    pub(crate) fn machine() -> Self {
+        Self::of(Ends::Machine)
+    }
+
+    fn of(ends: Ends) -> Self {
+        Self { ends, next_port: FIRST_PORT.into(), swapped: false.into(), rails: false.into() }
+    }
+
     /// Source and target change places.
     pub(crate) fn swap(&self) {
-        self.swapped.set(!self.swapped.get());
+        self.swapped.fetch_xor(true, Ordering::Relaxed);
     }
 
     /// Shapes the link between the namespaces; 0 leaves it as it is.
@@ -96,14 +106,14 @@ impl Net {
         };
         if number > 0 {
             hosts.add_rail(number)?;
-            self.rails.set(true);
+            self.rails.store(true, Ordering::Relaxed);
         }
         Ok(hosts.shape_rail(number, mbit_per_second)?)
     }
 
     /// What the target agent is told to listen at, for a source that calls `address`.
     pub(crate) fn listen_at(&self, address: SocketAddr) -> String {
-        match self.rails.get() {
+        match self.rails.load(Ordering::Relaxed) {
             true => format!("0.0.0.0:{}", address.port()),
             false => address.to_string(),
         }
@@ -116,10 +126,12 @@ impl Net {
 
     /// An address and port to listen on at the target, not used before.
     pub(crate) fn target_address(&self) -> SocketAddr {
-        let port = self.next_port.get();
-        self.next_port.set(port + 1);
+        let port = match &self.ends {
+            Ends::Machine => free_port(),
+            _ => self.next_port.fetch_add(1, Ordering::Relaxed),
+        };
         let address = match &self.ends {
-            Ends::Veth(hosts) if self.swapped.get() => hosts.source.address,
+            Ends::Veth(hosts) if self.swapped.load(Ordering::Relaxed) => hosts.source.address,
             Ends::Veth(hosts) => hosts.target.address,
             _ => Ipv4Addr::LOCALHOST,
         };
@@ -174,7 +186,12 @@ impl Net {
         Ok(())
     }
 
-    fn at<T: Send>(&self, end: End, work: impl FnOnce() -> T + Send) -> Result<T, BenchError> {
+    /// Runs `work` at one end: sockets made there belong to it.
+    pub(crate) fn at<T: Send>(
+        &self,
+        end: End,
+        work: impl FnOnce() -> T + Send,
+    ) -> Result<T, BenchError> {
         match self.namespace_of(end) {
             Some(namespace) => Ok(namespace.run(work)?),
             None => Ok(work()),
@@ -182,7 +199,7 @@ impl Net {
     }
 
     fn namespace_of(&self, end: End) -> Option<&Namespace> {
-        let swapped = self.swapped.get();
+        let swapped = self.swapped.load(Ordering::Relaxed);
         match (&self.ends, end) {
             (Ends::Veth(hosts), End::Source) if !swapped => Some(&hosts.source.namespace),
             (Ends::Veth(hosts), End::Target) if swapped => Some(&hosts.source.namespace),
@@ -191,6 +208,12 @@ impl Net {
             (Ends::Machine, _) => None,
         }
     }
+}
+
+/// A port of the machine that was free a moment ago.
+fn free_port() -> u16 {
+    let any = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|it| it.local_addr());
+    any.map_or(FIRST_PORT, |address| address.port())
 }
 
 const CONGESTION: &str = "/proc/sys/net/ipv4/tcp_congestion_control";

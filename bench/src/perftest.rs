@@ -4,22 +4,20 @@
 //! The latency tools print every sample (`-U`), in the order they were taken, so that our own
 //! percentiles are computed of theirs, and as many are dropped as of ours.
 
-use std::net::IpAddr;
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::distribution::Distribution;
+use crate::ends::Ends;
 use crate::error::BenchError;
 use crate::ours::tail;
+use crate::program::{Ended, on_core, output_within};
 use crate::rdma_wire::Verb;
 use crate::recorder::{Pace, Recorded};
 
-/// A run that takes longer hangs.
-const RUN_MAX: Duration = Duration::from_secs(120);
 /// Until a server listens; it opens a device first.
 const LISTEN_MAX: Duration = Duration::from_secs(20);
 /// Under emulation it prints nothing, or its client crashes, now and then.
@@ -63,14 +61,8 @@ impl PerftestWay {
     }
 
     /// Streams; `operations` are of each queue pair.
-    pub(crate) fn stream(
-        &self,
-        device: &str,
-        to: IpAddr,
-        cores: Option<(usize, usize)>,
-        operations: u64,
-    ) -> Result<Recorded, BenchError> {
-        let said = self.run(device, to, cores, operations, |said| bandwidth(said).is_some())?;
+    pub(crate) fn stream(&self, ends: &Ends, operations: u64) -> Result<Recorded, BenchError> {
+        let said = self.run(ends, operations, |said| bandwidth(said).is_some())?;
         let mib_per_s = bandwidth(&said).expect("asked before");
         let bytes = operations * u64::from(self.queue_pairs) * u64::from(self.bytes);
         let seconds = bytes as f64 / (mib_per_s * f64::from(1 << 20));
@@ -78,23 +70,13 @@ impl PerftestWay {
     }
 
     /// One at a time; of WRITE and SEND half of each, as the tool has it.
-    pub(crate) fn ping_pong(
-        &self,
-        device: &str,
-        to: IpAddr,
-        cores: Option<(usize, usize)>,
-        pace: Pace,
-    ) -> Result<Recorded, BenchError> {
+    pub(crate) fn ping_pong(&self, ends: &Ends, pace: Pace) -> Result<Recorded, BenchError> {
         let operations = pace.warm_up + pace.operations;
         let enough = |said: &str| samples(said).len() as u64 + 2 >= operations;
-        let said = self.run(device, to, cores, operations, enough)?;
+        let said = self.run(ends, operations, enough)?;
         let kept = samples(&said).into_iter().skip(pace.warm_up as usize);
         let distribution = Distribution::of(kept.map(|us| (us * 1000.0) as u64));
-        let round_trip = if self.verb == Verb::Read { 1.0 } else { 2.0 };
-        let count = distribution.count() as f64;
-        let seconds = distribution.mean() * count * round_trip / 1e9;
-        let bytes = distribution.count() * u64::from(self.bytes);
-        Ok(Recorded { bytes, seconds, distribution, intervals: Vec::new() })
+        Ok(Recorded::of_latencies(distribution, self.bytes, self.verb != Verb::Read))
     }
 
     fn words(&self, streams: bool) -> Vec<String> {
@@ -117,15 +99,13 @@ impl PerftestWay {
 
     fn run(
         &self,
-        device: &str,
-        to: IpAddr,
-        cores: Option<(usize, usize)>,
+        ends: &Ends,
         operations: u64,
         is_whole: impl Fn(&str) -> bool,
     ) -> Result<String, BenchError> {
         let mut last = String::new();
         for _ in 0..TRIES {
-            let output = self.run_once(device, to, cores, operations)?;
+            let output = self.run_once(ends, operations)?;
             let said = String::from_utf8_lossy(&output.stdout).into_owned();
             if output.status.success() && is_whole(&said) {
                 return Ok(said);
@@ -135,35 +115,22 @@ impl PerftestWay {
         Err(BenchError::Unexpected { program: self.program().into(), said: tail(&last) })
     }
 
-    /// `cores` are the server's and the client's.
-    fn run_once(
-        &self,
-        device: &str,
-        to: IpAddr,
-        cores: Option<(usize, usize)>,
-        operations: u64,
-    ) -> Result<Output, BenchError> {
+    fn run_once(&self, ends: &Ends, operations: u64) -> Result<Output, BenchError> {
+        let rdma = ends.rdma()?;
         let port = NEXT_PORT.fetch_add(1, Ordering::Relaxed).to_string();
         let command = |core: Option<usize>| {
-            let mut command = match core {
-                None => Command::new(self.program()),
-                Some(core) => {
-                    let mut command = Command::new("taskset");
-                    command.args(["-c", &core.to_string(), self.program()]);
-                    command
-                }
-            };
-            command.args(self.words(self.streams)).args(["-d", device, "-p", &port]);
+            let mut command = on_core(Command::new, self.program(), core);
+            command.args(self.words(self.streams)).args(["-d", &rdma.device, "-p", &port]);
             command.args(["-n", &operations.to_string()]).stdin(Stdio::null());
             command
         };
         let run = || BenchError::io("run", self.program());
-        let mut server = command(cores.map(|(server, _)| server));
+        let mut server = command(ends.cores.1);
         let server = server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().map_err(run())?;
         let mut server = Ended(server);
         wait_listening(&port)?;
-        let mut client = command(cores.map(|(_, client)| client));
-        client.arg(to.to_string()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut client = command(ends.cores.0);
+        client.arg(rdma.peer.to_string()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let client = client.spawn().map_err(run())?;
         let output = output_within(client, self.program())?;
         if output.status.success() {
@@ -194,56 +161,6 @@ fn wait_listening(port: &str) -> Result<(), BenchError> {
         std::thread::sleep(Duration::from_millis(20));
     }
     Err(BenchError::Timeout { what: "perftest to listen".into(), waited_s: LISTEN_MAX.as_secs() })
-}
-
-/// What a program has said by its end.
-pub(crate) fn output_within(mut child: Child, program: &str) -> Result<Output, BenchError> {
-    use std::io::Read;
-    let mut out = child.stdout.take();
-    let mut err = child.stderr.take();
-    // Two threads: a full pipe must not hold it up.
-    let read = |from: Option<Box<dyn Read + Send>>| {
-        std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            if let Some(mut from) = from {
-                let _what_there_was = from.read_to_end(&mut bytes);
-            }
-            bytes
-        })
-    };
-    let out = read(out.take().map(|out| Box::new(out) as _));
-    let err = read(err.take().map(|err| Box::new(err) as _));
-    let started = Instant::now();
-    let mut child = Ended(child);
-    let status = loop {
-        match child.0.try_wait().map_err(BenchError::io("wait for", program))? {
-            Some(status) => break status,
-            None if started.elapsed() > RUN_MAX => {
-                let (what, waited_s) = (format!("{program} to end"), RUN_MAX.as_secs());
-                return Err(BenchError::Timeout { what, waited_s });
-            }
-            None => std::thread::sleep(Duration::from_millis(5)),
-        }
-    };
-    let said = |thread: std::thread::JoinHandle<Vec<u8>>| thread.join().unwrap_or_default();
-    Ok(Output { status, stdout: said(out), stderr: said(err) })
-}
-
-/// A child that does not outlive this.
-pub(crate) struct Ended(pub(crate) Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Whether a program can be run here.
-pub(crate) fn is_installed(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| Path::new(&folder).join(program).exists())
 }
 
 /// Average MiB/s: the fourth number of the last line of numbers.

@@ -8,13 +8,12 @@ use serde_json::json;
 use crate::args::{Common, NetKind, RailsArgs};
 use crate::contender::{Contender, Metric, Record, Run};
 use crate::error::BenchError;
-use crate::goals::{self, Goal, Ratio};
+use crate::goals::{Goal, Ratio};
 use crate::host::Host;
 use crate::interrupt;
 use crate::output;
-use crate::report::{self, Report};
+use crate::results::Results;
 use crate::rig::{GuestShape, Mover, Rig, SETTLE};
-use crate::table::{Table, cell};
 
 const NAME: &str = "rails";
 
@@ -37,8 +36,8 @@ pub(crate) fn run(args: &RailsArgs) -> Result<(), BenchError> {
         rig.net().rail(number, if number == 4 { mbit / 4 } else { mbit })?;
     }
     rig.guest()?;
-    let host = Host::of(&rig)?;
-    output::preamble(NAME, &host);
+    let setup = json!({ "fill_mib": mib, "mbit_per_rail": mbit, "turns": common.turns() });
+    let mut results = Results::of_guests(NAME, &Host::of(&rig)?, setup);
     let series = |name, rails| Series {
         name,
         rails,
@@ -71,7 +70,7 @@ pub(crate) fn run(args: &RailsArgs) -> Result<(), BenchError> {
     };
     let rate =
         |series: &Series| series.record.median(Metric::Moving).map(|gib| gib * f64::from(1 << 30));
-    let ratios: Vec<_> = all
+    results.ratios = all
         .iter()
         .zip([None, Some(1.9), Some(3.7), None])
         .map(|(series, goal)| {
@@ -84,25 +83,13 @@ pub(crate) fn run(args: &RailsArgs) -> Result<(), BenchError> {
             Ratio::new(what, "the links", rate(series), Some(payload(series)), None)
         }))
         .collect();
-    let mut table = Table::new(&["links", "runs", "MB/s", "CPU s/GiB", "pause ms"]);
-    for series in &all {
-        table.row(vec![
-            series.name.into(),
-            series.record.runs.len().to_string(),
-            cell(rate(series).map(|rate| rate / 1e6), 1),
-            cell(series.record.median(Metric::Cpu), 2),
-            cell(series.record.median(Metric::Pause), 1),
-        ]);
-    }
-    println!("{}", table.text());
-    println!("{}", goals::text(&ratios));
-    let setup = json!({ "fill_mib": mib, "mbit_per_rail": mbit, "turns": common.turns() });
-    let mut report = Report::new(NAME, &host, setup);
-    for series in &all {
-        report.add(series.name, json!(report::records(std::slice::from_ref(&series.record))));
-    }
-    report.add("ratios", json!(ratios));
-    report.write(common.json.as_deref())
+    let gib = rig.populated_mib()? / 1024.0;
+    results.series.extend(all.iter().map(|series| {
+        let mut of_record = series.record.series(NAME, gib);
+        of_record.by = series.name.into();
+        of_record
+    }));
+    results.finish(&common.output)
 }
 
 /// Of an Ethernet link with an MTU of 1500, as `tc tbf` counts it (with the Ethernet header): payload

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use pageferry_ctl::lab::{Workplace, program};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::args::{RdmaEnds, RdmaVsQemuArgs};
 use crate::error::BenchError;
@@ -17,6 +17,7 @@ use crate::recorder::Recorded;
 use crate::results::Results;
 use crate::series::{Kind, Reading, Series, SeriesRun, ratio};
 use crate::serve::Peer;
+use crate::turns::Taken;
 use crate::{cpu, interrupt, lanes_wire, ours, output, qemu};
 
 /// Ports are counted up from here: one that was used is not free again at once.
@@ -55,7 +56,7 @@ struct Rig<'a> {
 
 /// The benchmark.
 pub(crate) fn run(args: &RdmaVsQemuArgs) -> Result<(), BenchError> {
-    let ends = args.ends.resolve()?;
+    let ends = args.ends.resolve().map_err(|what| BenchError::Usage { what })?;
     let mut results = Results::begin("rdma-vs-qemu", json!({ "ends": ends, "args": args }));
     let rdma = |pinned| {
         let rdma = Some(pinned);
@@ -82,7 +83,11 @@ pub(crate) fn run(args: &RdmaVsQemuArgs) -> Result<(), BenchError> {
             ),
         };
         let series = |contender: &Contender| {
-            Series::new(&group, &contender.name(), Kind::Throughput, json!(contender.name()))
+            let kind = match contender {
+                Contender::Lanes => Kind::Throughput,
+                _ => Kind::Migration,
+            };
+            Series::new(&group, &contender.name(), kind, json!(contender.name()))
         };
         cases.push((dirty, everyone.iter().map(series).collect()));
     }
@@ -105,9 +110,7 @@ pub(crate) fn run(args: &RdmaVsQemuArgs) -> Result<(), BenchError> {
             .series
             .extend(case.into_iter().filter(|s| !s.runs.is_empty() || !s.failures.is_empty()));
     }
-    results.finish(&args.output)?;
-    println!("\n{}", pauses(&results.series));
-    Ok(())
+    results.finish(&args.output)
 }
 
 impl Rig<'_> {
@@ -141,16 +144,21 @@ impl Rig<'_> {
         if contender == Contender::Lanes {
             let busy = cpu::machine_busy_s()?;
             let way = lanes_wire::Way {
+                over: lanes_wire::Over::Rdma,
                 lanes: self.args.lanes,
                 memory_bytes: self.args.mib << 20,
                 extent_bytes: 1 << 20,
+                scattered: false,
                 huge: false,
+                same_host: false,
             };
-            let mut peer = Peer::start(self.ends.peer, None)?;
-            let bytes = self.args.mib << 20;
-            let recorded = lanes_wire::stream(&mut peer, self.ends.local, &way, 1 << 20, bytes)?;
+            let here = |program: &Path| Command::new(program);
+            let mut peer = Peer::start(here, self.ends.peer, None)?;
+            let (from, bytes) = (Some(self.ends.local), self.args.mib << 20);
+            let Taken { recorded, said } =
+                lanes_wire::stream(&mut peer, from, &way, 1 << 20, bytes)?;
             let machine_cpu_s = cpu::machine_busy_s()? - busy;
-            return Ok(SeriesRun { turn, recorded, machine_cpu_s, said: Value::Null });
+            return Ok(SeriesRun { turn, recorded, machine_cpu_s, said });
         }
         let source = match self.guest.take() {
             Some(guest) => guest,
@@ -290,22 +298,4 @@ fn ratios(case: &[Series], dirty: bool) -> Vec<Ratio> {
 
 fn pauses_ms(series: &Series) -> Vec<f64> {
     series.runs.iter().filter_map(|run| run.said["pause_ms"].as_f64()).collect()
-}
-
-fn pauses(series: &[Series]) -> String {
-    use crate::stats::Stats;
-    use crate::table::{Table, cell};
-    let mut table = Table::new(&["pause, ms", "by", "runs", "median", "min", "max"]);
-    for series in series {
-        let Some(stats) = Stats::of(pauses_ms(series)) else { continue };
-        table.row(vec![
-            series.group.clone(),
-            series.by.clone(),
-            series.runs.len().to_string(),
-            cell(Some(stats.median), 1),
-            cell(Some(stats.min), 1),
-            cell(Some(stats.max), 1),
-        ]);
-    }
-    table.text()
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::BenchError;
+use crate::places::Order;
 use crate::recorder::{Pace, Recorded, run};
 use crate::serve::{Peer, Request};
 
@@ -45,13 +46,15 @@ pub(crate) struct Way {
     /// Requests of one post.
     pub(crate) chain: u32,
     pub(crate) queue_pairs: u32,
+    /// What READs are scattered over; 0 is one message's memory.
+    pub(crate) memory_bytes: u64,
     /// Buffers of 2 MiB pages.
     pub(crate) huge: bool,
 }
 
 impl Way {
     fn terms(&self) -> BareTerms {
-        let bytes = u64::from(self.bytes).next_multiple_of(4096);
+        let bytes = u64::from(self.bytes).max(self.memory_bytes).next_multiple_of(4096);
         BareTerms { bytes, depth: self.depth, huge: self.huge, wait: CONNECT_MAX }
     }
 }
@@ -66,6 +69,8 @@ pub(crate) fn ping_pong(
     let to = peer.ask(&Request::RdmaPong(*way))?;
     let mut end = Bare::connect(Some(from), to, way.terms())?;
     let mut seq = 0u8;
+    let places = (way.memory_bytes / u64::from(way.bytes)).max(1);
+    let (order, mut reads) = (Order::new(Some(places)), 0);
     if way.verb == Verb::Send {
         end.receive(way.bytes)?;
     }
@@ -76,7 +81,9 @@ pub(crate) fn ping_pong(
             await_byte(&end, way.bytes, seq)
         }
         Verb::Read => {
-            end.read(way.bytes)?;
+            let at = order.place(reads % places) * u64::from(way.bytes);
+            reads += 1;
+            end.read_at(at, way.bytes)?;
             await_done(&mut end, 1, 0)
         }
         Verb::Send => {

@@ -33,6 +33,7 @@ pub(crate) struct Interval {
     /// Payload of its operations.
     pub(crate) bytes: u64,
     /// Latencies that ended in it.
+    #[serde(default, skip_serializing_if = "Distribution::is_empty")]
     pub(crate) distribution: Distribution,
 }
 
@@ -43,13 +44,57 @@ pub(crate) struct Recorded {
     pub(crate) bytes: u64,
     /// From the first that counts until the last has ended.
     pub(crate) seconds: f64,
+    #[serde(default, skip_serializing_if = "Distribution::is_empty")]
     pub(crate) distribution: Distribution,
+    #[serde(default)]
     pub(crate) intervals: Vec<Interval>,
 }
 
 impl Recorded {
     pub(crate) fn bytes_per_s(&self) -> f64 {
         self.bytes as f64 / self.seconds
+    }
+
+    /// Of messages that went there and back one at a time, timed by a tool; of half a round trip or
+    /// of a whole one.
+    pub(crate) fn of_latencies(distribution: Distribution, bytes: u32, halves: bool) -> Self {
+        let count = distribution.count();
+        let seconds = distribution.mean() * count as f64 * if halves { 2.0 } else { 1.0 } / 1e9;
+        let bytes = count * u64::from(bytes);
+        Self { bytes, seconds, distribution, intervals: Vec::new() }
+    }
+
+    /// Of operations that cost some time each, with something else in between: what they took.
+    pub(crate) fn of_costs(took: &[Duration], bytes_each: u64) -> Self {
+        Self {
+            bytes: took.len() as u64 * bytes_each,
+            seconds: took.iter().sum::<Duration>().as_secs_f64(),
+            distribution: Distribution::of(took.iter().map(|took| took.as_nanos() as u64)),
+            intervals: Vec::new(),
+        }
+    }
+
+    /// Of a tool that only tells its rate, in bytes a second.
+    pub(crate) fn of_rate(bytes_per_s: f64, seconds: f64) -> Self {
+        Self { bytes: (bytes_per_s * seconds) as u64, seconds, ..Self::default() }
+    }
+
+    /// Of a counter of bytes that was read at times, both since some beginning, without what was
+    /// before `from_s`; nothing if it was read less than twice from then on.
+    pub(crate) fn of_counter(readings: &[(f64, u64)], from_s: f64, until_s: f64) -> Option<Self> {
+        let within = |(at, _): &&(f64, u64)| (from_s..=until_s).contains(at);
+        let kept: Vec<(f64, u64)> = readings.iter().filter(within).copied().collect();
+        let (&(began, before), &(ended, after)) = (kept.first()?, kept.last()?);
+        let interval = |pair: &[(f64, u64)]| Interval {
+            at_s: pair[0].0 - began,
+            seconds: pair[1].0 - pair[0].0,
+            bytes: pair[1].1 - pair[0].1,
+            distribution: Distribution::default(),
+        };
+        let intervals: Vec<Interval> = kept.windows(2).map(interval).collect();
+        let (bytes, seconds) = (after - before, ended - began);
+        let distribution = Distribution::default();
+        (seconds > 0.0).then_some(Self { bytes, seconds, distribution, intervals })
     }
 }
 
@@ -218,6 +263,16 @@ mod tests {
         let over_5_ms = late.distribution.histogram().len()
             - late.distribution.histogram().count_between(0, 5_000_000);
         assert!(over_5_ms >= 10, "{over_5_ms}");
+    }
+
+    #[test]
+    fn a_counter_is_read_within_its_time() {
+        let readings = [(0.0, 0), (0.5, 100), (1.0, 300), (1.5, 400), (2.0, 1000)];
+        let recorded = Recorded::of_counter(&readings, 0.4, 1.6).expect("readings");
+        assert_eq!((recorded.bytes, recorded.seconds), (300, 1.0));
+        assert_eq!(recorded.intervals.len(), 2);
+        assert_eq!((recorded.intervals[1].bytes, recorded.intervals[1].at_s), (100, 0.5));
+        assert!(Recorded::of_counter(&readings, 1.9, 9.0).is_none());
     }
 
     #[test]

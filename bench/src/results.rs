@@ -12,15 +12,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::args::OutputArgs;
-use crate::distribution::QUANTILES;
 use crate::error::BenchError;
 use crate::goals::{self, Ratio};
+use crate::host::Host;
 use crate::machine::Machine;
 use crate::method;
-use crate::series::{Kind, Reading, Series};
+use crate::series::{Kind, Series};
 use crate::stats::Stats;
 use crate::table::{Table, cell};
-use crate::{files, html};
+use crate::{files, html, plots};
 
 /// Changes when readers of the JSON have to.
 const FORMAT: u32 = 1;
@@ -34,9 +34,19 @@ pub(crate) struct Results {
     pub(crate) host: Value,
     /// The command and every parameter with its value.
     pub(crate) parameters: Value,
+    #[serde(default)]
     pub(crate) series: Vec<Series>,
     #[serde(default)]
     pub(crate) ratios: Vec<Ratio>,
+    /// What to call it among others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) title: Option<String>,
+    /// What was left out, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) not_run: Vec<String>,
+    /// Benchmarks that were run together.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) parts: Vec<Self>,
 }
 
 impl Results {
@@ -44,16 +54,34 @@ impl Results {
     pub(crate) fn begin(benchmark: &str, parameters: Value) -> Self {
         let machine = Machine::here();
         let method = method::of_distributions(benchmark);
-        println!("{benchmark}\n\nMethod\n{method}\n\nHost\n{}\n", machine.text());
+        Self::with(benchmark, method, &machine.text(), json!(machine), parameters)
+    }
+
+    /// The same for benchmarks that move guests: their host block has more in it.
+    pub(crate) fn of_guests(benchmark: &str, host: &Host, setup: Value) -> Self {
+        Self::with(benchmark, method::of(benchmark), &host.text(), json!(host), setup)
+    }
+
+    fn with(
+        benchmark: &str,
+        method: String,
+        host_text: &str,
+        host: Value,
+        parameters: Value,
+    ) -> Self {
+        println!("{benchmark}\n\nMethod\n{method}\n\nHost\n{host_text}\n");
         let command: Vec<String> = std::env::args().collect();
         Self {
             format: FORMAT,
             benchmark: benchmark.into(),
             method,
-            host: json!(machine),
+            host,
             parameters: json!({ "command": command, "all": parameters }),
             series: Vec::new(),
             ratios: Vec::new(),
+            title: None,
+            not_run: Vec::new(),
+            parts: Vec::new(),
         }
     }
 
@@ -63,19 +91,24 @@ impl Results {
         if let Some(path) = &output.json {
             self.write_json(path)?;
         }
-        if let Some(folder) = &output.out {
-            let shown = folder.display();
-            std::fs::create_dir_all(folder).map_err(BenchError::io("make", shown))?;
-            self.write_json(&folder.join("results.json"))?;
-            let page = html::page(self);
-            files::save(&folder.join("results.html"), |out| out.write_all(page.as_bytes()))?;
-            for plot in html::plots(self) {
-                let path = folder.join(plot.name + ".svg");
-                files::save(&path, |out| out.write_all(plot.svg.as_bytes()))?;
-            }
-            files::write(folder, &self.series)?;
+        match &output.out {
+            Some(folder) => self.write_folder(folder),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Everything that is written to a folder; of parts only what they have in common.
+    pub(crate) fn write_folder(&self, folder: &Path) -> Result<(), BenchError> {
+        let shown = folder.display();
+        std::fs::create_dir_all(folder).map_err(BenchError::io("make", shown))?;
+        self.write_json(&folder.join("results.json"))?;
+        let page = html::page(self);
+        files::save(&folder.join("results.html"), |out| out.write_all(page.as_bytes()))?;
+        for plot in plots::groups(self).iter().flat_map(plots::of) {
+            let path = folder.join(plot.name + ".svg");
+            files::save(&path, |out| out.write_all(plot.svg.as_bytes()))?;
+        }
+        files::write(folder, &self.series)
     }
 
     /// Reads what another run has written.
@@ -91,16 +124,12 @@ impl Results {
 
     /// The tables.
     pub(crate) fn text(&self) -> String {
-        let of = |kind| self.series.iter().filter(move |s: &&Series| s.kind == kind);
         let mut parts = Vec::new();
-        if of(Kind::Latency).next().is_some() {
-            parts.push(latencies(of(Kind::Latency)));
-        }
-        if of(Kind::Throughput).next().is_some() {
-            parts.push(rates("throughput", "MiB/s", Reading::BytesPerS, of(Kind::Throughput)));
-        }
-        if of(Kind::Cost).next().is_some() {
-            parts.push(rates("cost", "s/GiB", Reading::SecondsPerGib, of(Kind::Cost)));
+        for (kind, title) in Kind::ALL {
+            let mut of_kind = self.series.iter().filter(|s| s.kind == kind).peekable();
+            if of_kind.peek().is_some() {
+                parts.push(table(title, kind, of_kind));
+            }
         }
         if !self.ratios.is_empty() {
             parts.push(goals::text(&self.ratios));
@@ -110,7 +139,33 @@ impl Results {
                 parts.push(format!("FAILED {}, {}: {failure}\n", series.group, series.by));
             }
         }
+        for left_out in &self.not_run {
+            parts.push(format!("NOT RUN {left_out}\n"));
+        }
+        for part in &self.parts {
+            parts.push(format!("== {} ==\n\n{}", part.title(), part.text()));
+        }
         parts.join("\n")
+    }
+
+    /// Series that this and `other` have both, part by part: (of this, of the other).
+    pub(crate) fn in_common<'a>(&'a self, other: &'a Self) -> Vec<(&'a Series, &'a Series)> {
+        let pair = |one: &'a Series| {
+            let is_same =
+                |two: &&Series| two.group == one.group && two.by == one.by && two.kind == one.kind;
+            Some((one, other.series.iter().find(is_same)?))
+        };
+        let mut pairs: Vec<_> = self.series.iter().filter_map(pair).collect();
+        for part in &self.parts {
+            let same = other.parts.iter().find(|of_other| of_other.title() == part.title());
+            pairs.extend(same.into_iter().flat_map(|of_other| part.in_common(of_other)));
+        }
+        pairs
+    }
+
+    /// What it is about.
+    pub(crate) fn title(&self) -> &str {
+        self.title.as_deref().unwrap_or(&self.benchmark)
     }
 
     fn write_json(&self, path: &PathBuf) -> Result<(), BenchError> {
@@ -124,53 +179,40 @@ fn not_ours(path: &Path, said: String) -> BenchError {
     BenchError::Unexpected { program: path.display().to_string(), said }
 }
 
-/// Medians of the runs' percentiles, in microseconds.
-fn latencies<'a>(series: impl Iterator<Item = &'a Series>) -> String {
-    let mut columns = vec!["latency, us", "by", "runs", "samples", "min", "mean"];
-    columns.extend(QUANTILES.map(|(name, _)| name));
-    let mut table = Table::new(&columns);
+/// Medians of the runs, with the least and the largest where that says something.
+fn table<'a>(title: &str, kind: Kind, series: impl Iterator<Item = &'a Series>) -> String {
+    let is_latency = kind == Kind::Latency;
+    let mut head = vec![title, "by", "runs"];
+    if is_latency {
+        head.extend(["samples", "min", "mean"]);
+    }
+    let columns = kind.columns();
+    for column in &columns {
+        head.push(column.name);
+        if column.spread {
+            head.extend(["min", "max"]);
+        }
+    }
+    let mut table = Table::new(&head);
     for series in series {
-        let all = series.distribution();
-        let mut row = vec![series.group.clone(), series.by.clone()];
-        row.push(series.runs.len().to_string());
-        row.push(all.count().to_string());
-        row.push(cell(Some(all.min() as f64 / 1e3), 2));
-        row.push(cell((!all.is_empty()).then(|| all.mean() / 1e3), 2));
-        for (_, quantile) in QUANTILES {
-            let stats = Stats::of(series.readings(Reading::Quantile(quantile)));
-            row.push(cell(stats.map(|stats| stats.median / 1e3), 2));
+        let runs = series.runs.len().to_string();
+        let mut row = vec![series.group.clone(), series.by.clone(), runs];
+        if is_latency {
+            let all = series.distribution();
+            row.push(all.count().to_string());
+            let min = (!series.has_only_means()).then(|| all.min() as f64 / 1e3);
+            row.push(cell(min, 2));
+            row.push(cell((!all.is_empty()).then(|| all.mean() / 1e3), 2));
+        }
+        for column in &columns {
+            let stats = series.stats(column);
+            let of = |read: fn(&Stats) -> f64| cell(stats.as_ref().map(read), column.decimals);
+            row.push(of(|stats| stats.median));
+            if column.spread {
+                row.extend([of(|stats| stats.min), of(|stats| stats.max)]);
+            }
         }
         table.row(row);
-    }
-    table.text()
-}
-
-/// Median, least and largest of the runs.
-fn rates<'a>(
-    name: &str,
-    unit: &str,
-    reading: Reading,
-    series: impl Iterator<Item = &'a Series>,
-) -> String {
-    let columns = [name, "by", "runs", unit, "min", "max", "CPU s/GiB"];
-    let mut table = Table::new(&columns);
-    let (scale, decimals) = match reading {
-        Reading::BytesPerS => (f64::from(1 << 20), 1),
-        _ => (1.0, 4),
-    };
-    for series in series {
-        let stats = Stats::of(series.readings(reading).into_iter().map(|value| value / scale));
-        let of = |read: fn(&Stats) -> f64| cell(stats.as_ref().map(read), decimals);
-        let cpu = Stats::of(series.readings(Reading::CpuPerGib));
-        table.row(vec![
-            series.group.clone(),
-            series.by.clone(),
-            series.runs.len().to_string(),
-            of(|stats| stats.median),
-            of(|stats| stats.min),
-            of(|stats| stats.max),
-            cell(cpu.map(|stats| stats.median), 2),
-        ]);
     }
     table.text()
 }

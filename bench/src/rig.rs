@@ -20,7 +20,7 @@ use crate::memory::{MemoryPool, ScratchMemory};
 use crate::moved::Moved;
 use crate::net::{End, Net};
 use crate::qemu::QemuWay;
-use crate::{ours, pause, qemu};
+use crate::{ours, output, pause, qemu};
 
 /// Booting and filling 2 GiB takes 20 s here when nobody else uses the machine.
 const READY_MAX: Duration = Duration::from_secs(600);
@@ -233,6 +233,21 @@ impl Rig {
         }
         self.last_mover = mover.name();
         Ok(Hop { moved, tick_gap_ms, ticks, lost })
+    }
+
+    /// The same by Pageferry. The guest checks all its memory before, so that what was lost before is
+    /// not ours, and afterwards: wrong memory then is an error of its own.
+    pub(crate) fn hop_checked(&mut self, warm: bool) -> Result<Hop, BenchError> {
+        if let Err(error) = self.verify() {
+            output::progress(&format!("starting a new guest: {}", error.chain()));
+            self.give_up_guest();
+        }
+        let hop = self.hop(Mover::Pageferry, warm)?;
+        if hop.lost.is_none() {
+            let pages = self.verify()?;
+            output::progress(&format!("the guest checked {pages} pages after that: good"));
+        }
+        Ok(hop)
     }
 
     /// Gives the guest up; the next one who needs one starts another.

@@ -4,9 +4,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::confidence;
-use crate::distribution::Distribution;
+use crate::distribution::{Distribution, QUANTILES};
 use crate::goals::{Goal, Ratio};
 use crate::recorder::Recorded;
+use crate::stats::Stats;
 
 /// One run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -48,6 +49,71 @@ pub(crate) enum Kind {
     Throughput,
     /// Seconds for a GiB.
     Cost,
+    /// Whole migrations: their rate and the guest's pause.
+    Migration,
+    /// What a writing guest loses while it is moved.
+    Slowdown,
+}
+
+/// What tables, plots and comparisons have of a series, beside its name and how many runs it has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Column {
+    /// Its unit is in it.
+    pub(crate) name: &'static str,
+    pub(crate) reading: Reading,
+    /// What a reading is divided by.
+    pub(crate) unit: f64,
+    pub(crate) decimals: usize,
+    /// The least and the largest run stand beside the median.
+    pub(crate) spread: bool,
+    pub(crate) more_is_better: bool,
+}
+
+const MIB: f64 = (1u64 << 20) as f64;
+
+impl Kind {
+    /// All of them, as tables have them, with their titles.
+    pub(crate) const ALL: [(Self, &str); 5] = [
+        (Self::Latency, "latency, us"),
+        (Self::Throughput, "throughput"),
+        (Self::Cost, "cost"),
+        (Self::Migration, "migrations"),
+        (Self::Slowdown, "brown-outs"),
+    ];
+
+    pub(crate) fn columns(self) -> Vec<Column> {
+        let column = |name, reading, unit, decimals, spread, more_is_better| Column {
+            name,
+            reading,
+            unit,
+            decimals,
+            spread,
+            more_is_better,
+        };
+        let cpu = column("CPU s/GiB", Reading::CpuPerGib, 1.0, 2, false, false);
+        let rate = column("MiB/s", Reading::BytesPerS, MIB, 1, true, true);
+        match self {
+            Self::Latency => QUANTILES
+                .map(|(name, at)| column(name, Reading::Quantile(at), 1e3, 2, false, false))
+                .to_vec(),
+            Self::Throughput => vec![rate, cpu],
+            Self::Cost => vec![column("s/GiB", Reading::SecondsPerGib, 1.0, 4, true, false), cpu],
+            Self::Migration => vec![
+                rate,
+                column("from the command", Reading::BytesPer("wall_s"), MIB, 1, false, true),
+                column("while moving", Reading::Said("moving_bytes_per_s"), MIB, 1, false, true),
+                column("pause ms", Reading::Said("pause_ms"), 1.0, 1, true, false),
+                cpu,
+            ],
+            Self::Slowdown => vec![
+                column("lost %", Reading::Said("lost_percent"), 1.0, 1, true, false),
+                column("pages/s before", Reading::Said("before_pages_per_s"), 1.0, 0, false, true),
+                column("during", Reading::Said("during_pages_per_s"), 1.0, 0, false, true),
+                column("brown-out ms", Reading::Said("brownout_ms"), 1.0, 0, false, false),
+                column("pause ms", Reading::Said("pause_ms"), 1.0, 1, true, false),
+            ],
+        }
+    }
 }
 
 /// What is read off a run.
@@ -60,6 +126,10 @@ pub(crate) enum Reading {
     Mean,
     /// Nanoseconds at this share.
     Quantile(f64),
+    /// Bytes in these seconds, of what was said.
+    BytesPer(&'static str),
+    /// A number of what was said.
+    Said(&'static str),
 }
 
 impl Reading {
@@ -67,6 +137,8 @@ impl Reading {
         let recorded = &run.recorded;
         let gib = recorded.bytes as f64 / f64::from(1 << 30);
         match self {
+            Self::BytesPer(name) => Some(recorded.bytes as f64 / run.said[name].as_f64()?),
+            Self::Said(name) => run.said[name].as_f64(),
             Self::BytesPerS => (recorded.seconds > 0.0).then(|| recorded.bytes_per_s()),
             Self::SecondsPerGib => (gib > 0.0).then(|| recorded.seconds / gib),
             Self::CpuPerGib => (gib > 0.0).then(|| run.machine_cpu_s / gib),
@@ -91,6 +163,20 @@ impl Series {
     /// One value of each run.
     pub(crate) fn readings(&self, reading: Reading) -> Vec<f64> {
         self.runs.iter().filter_map(|run| reading.of(run)).collect()
+    }
+
+    /// Each run gave one latency, an average: it has no percentiles.
+    pub(crate) fn has_only_means(&self) -> bool {
+        let mut runs = self.runs.iter().map(|run| run.recorded.distribution.count());
+        self.kind == Kind::Latency && !self.runs.is_empty() && runs.all(|count| count == 1)
+    }
+
+    /// The runs' median and spread, in the column's unit.
+    pub(crate) fn stats(&self, column: &Column) -> Option<Stats> {
+        if self.has_only_means() {
+            return None;
+        }
+        Stats::of(self.readings(column.reading).into_iter().map(|value| value / column.unit))
     }
 
     /// Samples of all runs.

@@ -13,6 +13,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use serde_json::Value;
 
 use crate::args::ServeArgs;
 use crate::error::BenchError;
-use crate::{cpu, lanes_wire, rdma_wire, tcp_wire};
+use crate::{cpu, lanes_wire, rdma_wire, stream_wire, tcp_wire};
 
 /// An answer that takes longer does not come: memory is made and registered before it.
 const ANSWER_MAX: Duration = Duration::from_secs(120);
@@ -32,12 +33,14 @@ const ANSWER_MAX: Duration = Duration::from_secs(120);
 pub(crate) enum Request {
     /// A TCP connection whose every message is answered with one.
     TcpPong(tcp_wire::Way),
+    /// TCP connections whose bytes are counted.
+    TcpSink(stream_wire::Way),
     /// A bare connection over RDMA whose every message is answered with one.
     RdmaPong(rdma_wire::Way),
     /// Bare connections over RDMA that are written to.
     RdmaSink(rdma_wire::Way),
-    /// A migration's lanes over RDMA.
-    RdmaLanes(lanes_wire::Way),
+    /// A migration's lanes.
+    Lanes(lanes_wire::Way),
 }
 
 /// One answer.
@@ -94,7 +97,8 @@ fn answer_all(stream: TcpStream, at: IpAddr) -> Result<(), BenchError> {
             Request::TcpPong(way) => tcp_wire::serve_pong(at, &way, &mut ready),
             Request::RdmaPong(way) => rdma_wire::serve_pong(at, &way, &mut ready),
             Request::RdmaSink(way) => rdma_wire::serve_sink(at, &way, &mut ready),
-            Request::RdmaLanes(way) => lanes_wire::serve(at, &way, &mut ready),
+            Request::TcpSink(way) => stream_wire::serve(at, &way, &mut ready),
+            Request::Lanes(way) => lanes_wire::serve(at, &way, &mut ready),
         });
         match done {
             Ok(value) => say(&Answer::Done(value))?,
@@ -114,10 +118,15 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// Starts one at an address of this machine, on a core if told.
-    pub(crate) fn start(at: IpAddr, core: Option<usize>) -> Result<Self, BenchError> {
+    /// Starts one at an address of this machine, on a core if told; `make` decides in which
+    /// namespace.
+    pub(crate) fn start(
+        make: impl FnOnce(&Path) -> Command,
+        at: IpAddr,
+        core: Option<usize>,
+    ) -> Result<Self, BenchError> {
         let program = std::env::current_exe().map_err(BenchError::io("find", "this program"))?;
-        let mut command = Command::new(program);
+        let mut command = make(&program);
         command.args(["serve", "--once", "--listen", &SocketAddr::new(at, 0).to_string()]);
         if let Some(core) = core {
             command.args(["--cpu", &core.to_string()]);

@@ -9,16 +9,17 @@ use serde_json::json;
 
 use crate::args::{MemoryKind, SlowdownArgs};
 use crate::error::BenchError;
-use crate::goals::{self, Goal, Ratio};
+use crate::goals::{Goal, Ratio};
 use crate::host::Host;
 use crate::interrupt;
 use crate::output;
 use crate::pause::instant_of;
 use crate::qemu::QemuWay;
-use crate::report::Report;
+use crate::recorder::Recorded;
+use crate::results::Results;
 use crate::rig::{GuestShape, Hop, Mover, Rig};
+use crate::series::{Kind, Series, SeriesRun};
 use crate::stats::Stats;
-use crate::table::{Table, cell};
 
 const NAME: &str = "slowdown";
 /// Kernel, initramfs and program.
@@ -60,8 +61,7 @@ pub(crate) fn run(args: &SlowdownArgs) -> Result<(), BenchError> {
     common.migrate_args.push_str(" --not-converging switch-over");
     let fill_mib = args.mib.unwrap_or(if common.quick { 512 } else { 2048 }).max(args.hot_mib);
     let mut rig = Rig::new(&common, shape(args, fill_mib))?;
-    let host = Host::of(&rig)?;
-    output::preamble(NAME, &host);
+    let mut results = Results::of_guests(NAME, &Host::of(&rig)?, json!(null));
     output::progress("starting the guest and filling its memory");
     rig.guest()?;
     let mut speeds = args.link_mbit.clone();
@@ -72,18 +72,14 @@ pub(crate) fn run(args: &SlowdownArgs) -> Result<(), BenchError> {
         rig.net().shape(link_mbit)?;
         rows.extend(measure(&mut rig, common.turns(), link_mbit)?);
     }
-    print(&rows);
-    let ratios: Vec<Ratio> =
-        rows.iter().filter(|r| r.mover == Mover::Pageferry).map(goal).collect();
-    println!("{}", goals::text(&ratios));
     let setup = json!({
         "fill_mib": fill_mib, "hot_mib": args.hot_mib, "smp": args.smp,
         "write_rate": args.write_rate, "turns": common.turns(),
     });
-    let mut report = Report::new(NAME, &host, setup);
-    report.add("rows", rows.iter().map(json_of).collect());
-    report.add("ratios", json!(ratios));
-    report.write(common.json.as_deref())
+    results.parameters["all"] = setup;
+    results.ratios = rows.iter().filter(|r| r.mover == Mover::Pageferry).map(goal).collect();
+    results.series = rows.iter().map(|row| row.series(fill_mib)).collect();
+    results.finish(&common.output)
 }
 
 fn shape(args: &SlowdownArgs, fill_mib: u64) -> GuestShape {
@@ -175,48 +171,23 @@ impl Row {
         Stats::of(self.samples.iter().map(of))
     }
 
+    fn series(&self, fill_mib: u64) -> Series {
+        let parameters = json!({ "link_mbit": self.link_mbit });
+        let mut series = Series::new(NAME, &self.name(), Kind::Slowdown, parameters);
+        series.failures = self.failures.clone();
+        series.runs.extend(self.samples.iter().map(|sample| {
+            let (bytes, seconds) = (fill_mib << 20, sample.brownout_ms / 1e3);
+            let recorded = Recorded { bytes, seconds, ..Recorded::default() };
+            let machine_cpu_s = sample.account["cpu"]["machine_s"].as_f64().unwrap_or(f64::NAN);
+            SeriesRun { turn: sample.turn, recorded, machine_cpu_s, said: json!(sample) }
+        }));
+        series
+    }
+
     fn name(&self) -> String {
         match self.link_mbit {
             0 => self.mover.name(),
             mbit => format!("{} over {mbit} Mbit/s", self.mover.name()),
-        }
-    }
-}
-
-fn print(rows: &[Row]) {
-    let columns = [
-        "brown-out",
-        "runs",
-        "pages/s before",
-        "during",
-        "lost %",
-        "min",
-        "max",
-        "brown-out ms",
-        "pause ms",
-    ];
-    let mut table = Table::new(&columns);
-    for row in rows {
-        let median = |of: fn(&Sample) -> f64, decimals| {
-            cell(row.stats(of).map(|stats| stats.median), decimals)
-        };
-        let lost = row.stats(|s| s.lost_percent);
-        table.row(vec![
-            row.name(),
-            row.samples.len().to_string(),
-            median(|s| s.before_pages_per_s, 0),
-            median(|s| s.during_pages_per_s, 0),
-            cell(lost.as_ref().map(|stats| stats.median), 1),
-            cell(lost.as_ref().map(|stats| stats.min), 1),
-            cell(lost.as_ref().map(|stats| stats.max), 1),
-            median(|s| s.brownout_ms, 0),
-            median(|s| s.pause_ms, 1),
-        ]);
-    }
-    println!("{}", table.text());
-    for row in rows {
-        for failure in &row.failures {
-            println!("FAILED {}: {failure}", row.name());
         }
     }
 }
@@ -226,18 +197,4 @@ fn goal(row: &Row) -> Ratio {
     let before = row.stats(|s| s.before_pages_per_s).map(|stats| stats.median);
     let what = "pages/s during the brown-out";
     Ratio::new(what, format!("{}, before", row.name()), during, before, Some(Goal::AtLeast(0.9)))
-}
-
-fn json_of(row: &Row) -> serde_json::Value {
-    json!({
-        "name": row.name(),
-        "link_mbit": row.link_mbit,
-        "before_pages_per_s": row.stats(|s| s.before_pages_per_s),
-        "during_pages_per_s": row.stats(|s| s.during_pages_per_s),
-        "lost_percent": row.stats(|s| s.lost_percent),
-        "brownout_ms": row.stats(|s| s.brownout_ms),
-        "pause_ms": row.stats(|s| s.pause_ms),
-        "runs": row.samples,
-        "failures": row.failures,
-    })
 }

@@ -6,16 +6,16 @@ use pageferry_ctl::lab::GuestParams;
 use serde_json::json;
 
 use crate::args::{MemoryKind, SparseArgs};
-use crate::contender::{Contender, Metric, Record, Run};
+use crate::contender::{Contender, Record, Run};
 use crate::error::BenchError;
-use crate::goals::{self, Goal, Ratio};
+use crate::goals::{Goal, Ratio};
 use crate::host::Host;
 use crate::interrupt;
 use crate::output;
-use crate::report::{self, Report};
+use crate::results::Results;
 use crate::rig::{GuestShape, Mover, Rig, SETTLE};
+use crate::series::Series;
 use crate::stats::Stats;
-use crate::table::{Table, cell};
 
 const NAME: &str = "sparse";
 /// The program of a guest that is only there to see what all the rest takes.
@@ -38,8 +38,9 @@ pub(crate) fn run(args: &SparseArgs) -> Result<(), BenchError> {
     let own_mib = probe.populated_mib()? - PROBE_FILL_MIB as f64;
     let host = Host::of(&probe)?;
     drop(probe);
-    output::preamble(NAME, &host);
     let fill_mib = (args.populated_mib as f64 - own_mib).max(1.0) as u64;
+    let setup = json!({ "fill_mib": fill_mib, "turns": common.turns(), "quick": common.quick });
+    let mut results = Results::of_guests(NAME, &host, setup);
 
     let mut sides = Vec::new();
     for (name, memory_mib) in [("small", args.small_mib), ("large", large_mib)] {
@@ -58,26 +59,9 @@ pub(crate) fn run(args: &SparseArgs) -> Result<(), BenchError> {
     for side in &mut sides {
         side.rig.verify()?;
     }
-    let ratios = ratios(&sides[0], &sides[1]);
-    print(&sides);
-    println!("{}", goals::text(&ratios));
-    let setup = json!({ "fill_mib": fill_mib, "turns": common.turns(), "quick": common.quick });
-    let mut report = Report::new(NAME, &host, setup);
-    for side in &sides {
-        report.add(
-            side.name,
-            json!({
-                "memory_mib": side.rig.memory_mib(),
-                "populated_mib": side.populated_mib,
-                "wall_ms": side.wall_ms(),
-                "total_ms": side.total_ms(),
-                "pause_ms": side.record.stats(Metric::Pause),
-                "runs": report::records(std::slice::from_ref(&side.record)),
-            }),
-        );
-    }
-    report.add("ratios", json!(ratios));
-    report.write(common.json.as_deref())
+    results.ratios = ratios(&sides[0], &sides[1]);
+    results.series = sides.iter().map(Side::series).collect();
+    results.finish(&common.output)
 }
 
 fn shape(args: &SparseArgs, memory_mib: u64, fill_mib: u64) -> GuestShape {
@@ -114,6 +98,15 @@ impl Side {
         Ok(())
     }
 
+    fn series(&self) -> Series {
+        let mut series = self.record.series(NAME, self.populated_mib / 1024.0);
+        series.by = format!("{} guest, {} MiB", self.name, self.rig.memory_mib());
+        series.parameters = json!({
+            "memory_mib": self.rig.memory_mib(), "populated_mib": self.populated_mib,
+        });
+        series
+    }
+
     fn wall_ms(&self) -> Option<Stats> {
         self.account(|account| account["wall_s"].as_f64().map(|seconds| seconds * 1e3))
     }
@@ -125,36 +118,6 @@ impl Side {
     fn account(&self, of: impl Fn(&serde_json::Value) -> Option<f64>) -> Option<Stats> {
         Stats::of(self.record.runs.iter().filter_map(|run| of(&run.account)))
     }
-}
-
-fn print(sides: &[Side]) {
-    let columns = [
-        "guest",
-        "MiB",
-        "populated MiB",
-        "runs",
-        "wall ms",
-        "min",
-        "max",
-        "own total ms",
-        "pause ms",
-    ];
-    let mut table = Table::new(&columns);
-    for side in sides {
-        let wall = side.wall_ms();
-        table.row(vec![
-            side.name.into(),
-            side.rig.memory_mib().to_string(),
-            cell(Some(side.populated_mib), 0),
-            side.record.runs.len().to_string(),
-            cell(wall.as_ref().map(|stats| stats.median), 0),
-            cell(wall.as_ref().map(|stats| stats.min), 0),
-            cell(wall.as_ref().map(|stats| stats.max), 0),
-            cell(side.total_ms().map(|stats| stats.median), 0),
-            cell(side.record.median(Metric::Pause), 1),
-        ]);
-    }
-    println!("{}", table.text());
 }
 
 fn ratios(small: &Side, large: &Side) -> Vec<Ratio> {

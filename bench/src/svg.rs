@@ -71,7 +71,7 @@ pub(crate) fn percentiles(title: &str, curves: &[Curve]) -> String {
 /// A value over time in seconds, from 0 up.
 pub(crate) fn over_time(title: &str, unit: &str, curves: &[Curve]) -> String {
     let points = || curves.iter().flat_map(|curve| curve.points.iter());
-    let end = points().map(|point| point.0).fold(1e-3, f64::max);
+    let end = nice_ceil(points().map(|point| point.0).fold(1e-3, f64::max));
     let most = points().map(|point| point.1).fold(1e-9, f64::max);
     let x = |seconds: f64| LEFT + seconds / end * plot_width();
     let top = nice_ceil(most);
@@ -204,7 +204,7 @@ pub(crate) fn escaped(text: &str) -> String {
 
 /// What fits beside a bar.
 fn shortened(label: &str) -> String {
-    const LETTERS: usize = 40;
+    const LETTERS: usize = 44;
     match label.char_indices().nth(LETTERS) {
         None => label.into(),
         Some((at, _)) => format!("{}…", &label[..at]),
@@ -255,6 +255,15 @@ pub(crate) fn duration(ns: f64) -> String {
         ns if ns < 1e6 => format!("{} us", number(ns / 1e3)),
         ns if ns < 1e9 => format!("{} ms", number(ns / 1e6)),
         ns => format!("{} s", number(ns / 1e9)),
+    }
+}
+
+/// Bytes for people.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        1024..1_048_576 => format!("{} KiB", number(bytes as f64 / 1024.0)),
+        _ => format!("{} MiB", number(bytes as f64 / 1_048_576.0)),
     }
 }
 

@@ -1,31 +1,63 @@
-//! Request and response over one TCP connection without Nagle's delay: by calls that sleep, or by
-//! calls that never do.
+//! Request and response over one TCP connection without Nagle's delay: by calls that sleep, by calls
+//! that never do, or by an io_uring.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 
+use pageferry_uring::bare::{Bare, BareTerms};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::BenchError;
+use crate::places::Order;
 use crate::recorder::{Pace, Recorded, run};
 use crate::serve::{Peer, Request};
+
+/// What moves the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Calls {
+    /// send and recv, which sleep.
+    Sleep,
+    /// The same without sleeping: both ends ask the kernel again and again.
+    Poll,
+    /// An io_uring at each end, which is waited for asleep.
+    Uring,
+}
 
 /// One way to use it.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Way {
-    /// Of one message, the same both ways.
+    /// Of one message.
     pub(crate) bytes: u32,
-    /// Neither end sleeps: both ask the kernel again and again.
-    pub(crate) poll: bool,
+    /// Of what comes back for it.
+    pub(crate) answer_bytes: u32,
+    pub(crate) calls: Calls,
+    /// What answers are taken from and put into, in a scattered order; 0 is one answer's memory.
+    pub(crate) memory_bytes: u64,
 }
 
-/// Round trips; half of each, as sockperf and qperf have it.
+impl Way {
+    /// One message of one size each way.
+    pub(crate) fn echo(bytes: u32, calls: Calls) -> Self {
+        Self { bytes, answer_bytes: bytes, calls, memory_bytes: 0 }
+    }
+
+    fn request(&self) -> Messages {
+        Messages::new(self.bytes, 0)
+    }
+
+    fn answer(&self) -> Messages {
+        Messages::new(self.answer_bytes, self.memory_bytes)
+    }
+}
+
+/// Round trips, one after the other.
 pub(crate) fn ping_pong(peer: &mut Peer, way: &Way, pace: Pace) -> Result<Recorded, BenchError> {
     let to = peer.ask(&Request::TcpPong(*way))?;
     let stream = TcpStream::connect(to).map_err(BenchError::io("connect to", to))?;
-    let mut end = End::new(stream, way)?;
-    let recorded = run(pace, u64::from(way.bytes), || {
+    let mut end = End::new(stream, way.calls, way.request(), way.answer())?;
+    let recorded = run(pace, u64::from(way.bytes.max(way.answer_bytes)), || {
         end.send()?;
         end.receive().and_then(|open| if open { Ok(()) } else { Err(closed()) })
     });
@@ -46,7 +78,7 @@ pub(crate) fn serve_pong(
     let listener = TcpListener::bind(address).map_err(io())?;
     ready(listener.local_addr().map_err(io())?.port())?;
     let (stream, _) = listener.accept().map_err(io())?;
-    let mut end = End::new(stream, way)?;
+    let mut end = End::new(stream, way.calls, way.answer(), way.request())?;
     let mut answer_all = || -> std::io::Result<()> {
         while end.receive()? {
             end.send()?;
@@ -57,48 +89,103 @@ pub(crate) fn serve_pong(
     Ok(Value::Null)
 }
 
-struct End {
-    stream: TcpStream,
-    message: Vec<u8>,
+/// Where messages of one size lie, one after the other or scattered over memory.
+struct Messages {
+    memory: Vec<u8>,
+    each: usize,
+    order: Order,
+    next: u64,
+}
+
+impl Messages {
+    /// In as much memory, or in one message's.
+    fn new(bytes: u32, memory_bytes: u64) -> Self {
+        let each = bytes as usize;
+        let places = (memory_bytes / u64::from(bytes.max(1))).max(1);
+        // Written: memory that was never touched would be one page of zeros.
+        let memory = vec![0x5a; places as usize * each];
+        Self { memory, each, order: Order::new(Some(places)), next: 0 }
+    }
+
+    fn next(&mut self) -> &mut [u8] {
+        let places = (self.memory.len() / self.each.max(1)) as u64;
+        let at = self.order.place(self.next % places.max(1)) as usize * self.each;
+        self.next += 1;
+        &mut self.memory[at..at + self.each]
+    }
+}
+
+/// One end.
+enum End {
+    Calls { stream: TcpStream, out: Messages, into: Messages },
+    Ring(Box<Bare>),
 }
 
 impl End {
-    fn new(stream: TcpStream, way: &Way) -> Result<Self, BenchError> {
-        let set = stream.set_nodelay(true).and_then(|()| stream.set_nonblocking(way.poll));
-        set.map_err(BenchError::io("set up", "a socket"))?;
-        Ok(Self { stream, message: vec![0x5a; way.bytes as usize] })
+    /// What it sends and what it receives have a size each.
+    fn new(
+        stream: TcpStream,
+        calls: Calls,
+        out: Messages,
+        into: Messages,
+    ) -> Result<Self, BenchError> {
+        let io = || BenchError::io("set up", "a socket");
+        stream.set_nodelay(true).map_err(io())?;
+        if calls == Calls::Uring {
+            // Of one message's memory: there is no scattered memory behind a ring.
+            let (send_bytes, receive_bytes) = (out.each as u64, into.each as u64);
+            let terms = BareTerms { send_bytes, receive_bytes, depth: 1, zero_copy: false };
+            let ring = Bare::new(stream, terms).map_err(BenchError::io("set up", "an io_uring"))?;
+            return Ok(Self::Ring(Box::new(ring)));
+        }
+        stream.set_nonblocking(calls == Calls::Poll).map_err(io())?;
+        Ok(Self::Calls { stream, out, into })
     }
 
     fn send(&mut self) -> std::io::Result<()> {
-        let mut at = 0;
-        while at < self.message.len() {
-            match self.stream.write(&self.message[at..]) {
-                Ok(0) => return Err(closed()),
-                Ok(bytes) => at += bytes,
-                Err(error) if is_soon(&error) => {}
-                Err(error) => return Err(error),
-            }
+        match self {
+            Self::Calls { stream, out, .. } => send_all(stream, out.next()),
+            Self::Ring(ring) => ring.send(),
         }
-        Ok(())
     }
 
     /// One message; false if the other end has closed instead.
     fn receive(&mut self) -> std::io::Result<bool> {
-        let mut at = 0;
-        while at < self.message.len() {
-            match self.stream.read(&mut self.message[at..]) {
-                Ok(0) if at == 0 => return Ok(false),
-                Ok(0) => return Err(closed()),
-                Ok(bytes) => at += bytes,
-                Err(error) if is_soon(&error) => {}
-                Err(error) if error.kind() == ErrorKind::ConnectionReset && at == 0 => {
-                    return Ok(false);
-                }
-                Err(error) => return Err(error),
-            }
+        match self {
+            Self::Calls { stream, into, .. } => receive_all(stream, into.next()),
+            Self::Ring(ring) => ring.receive(),
         }
-        Ok(true)
     }
+}
+
+pub(crate) fn send_all(stream: &mut TcpStream, message: &[u8]) -> std::io::Result<()> {
+    let mut at = 0;
+    while at < message.len() {
+        match stream.write(&message[at..]) {
+            Ok(0) => return Err(closed()),
+            Ok(bytes) => at += bytes,
+            Err(error) if is_soon(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn receive_all(stream: &mut TcpStream, message: &mut [u8]) -> std::io::Result<bool> {
+    let mut at = 0;
+    while at < message.len() {
+        match stream.read(&mut message[at..]) {
+            Ok(0) if at == 0 => return Ok(false),
+            Ok(0) => return Err(closed()),
+            Ok(bytes) => at += bytes,
+            Err(error) if is_soon(&error) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset && at == 0 => {
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
 }
 
 fn is_soon(error: &std::io::Error) -> bool {

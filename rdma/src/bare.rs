@@ -50,6 +50,41 @@ pub struct Progress {
     pub received: u32,
 }
 
+/// A device without a connection, to measure what registering memory with it costs.
+#[derive(Debug)]
+pub struct BareDevice {
+    domain: Arc<ProtectionDomain>,
+}
+
+impl BareDevice {
+    /// The device that has this address.
+    pub fn at(address: SocketAddr) -> Result<Self, RdmaError> {
+        let id = CmId::new()?;
+        id.listen(address)?;
+        let context = Devices::open()?.context(id.verbs())?;
+        // The context stays when the identifier that found it goes.
+        Ok(Self { domain: ProtectionDomain::new(context)? })
+    }
+
+    /// Registers part of a region as a target does, for the peer to write to.
+    pub fn register(
+        &self,
+        region: &Arc<Region>,
+        offset: u64,
+        len: u64,
+    ) -> Result<BareMemory, RdmaError> {
+        let lease = region.lease(offset, len).map_err(RdmaError::OutsideMemory)?;
+        let registered = MemoryRegion::register(&self.domain, lease, Access::RemoteWrite)?;
+        Ok(BareMemory { _registered: registered })
+    }
+}
+
+/// Registered until it is dropped.
+#[derive(Debug)]
+pub struct BareMemory {
+    _registered: Arc<MemoryRegion>,
+}
+
 /// Takes bare connections.
 #[derive(Debug)]
 pub struct BareListener {
@@ -180,10 +215,15 @@ impl Bare {
         self.qp.post_chain(&self.chain, signalled).map(drop)
     }
 
-    /// Posts a READ from the beginning of the peer's `out` into `in`.
-    pub fn read(&mut self, len: u32) -> Result<(), RdmaError> {
-        let part = Part { region: &self.memory, offset: self.bytes, len };
-        self.qp.post_read(part, self.peer).map(drop)
+    /// Posts a READ of part of the peer's `out` into the same part of `in`.
+    ///
+    /// # Panics
+    /// If that is more than the memory.
+    pub fn read_at(&mut self, at: u64, len: u32) -> Result<(), RdmaError> {
+        assert!(at + u64::from(len) <= self.bytes, "inside the memory");
+        let part = Part { region: &self.memory, offset: self.bytes + at, len };
+        let from = RemoteAddr { addr: self.peer.addr.wrapping_add(at), ..self.peer };
+        self.qp.post_read(part, from).map(drop)
     }
 
     /// Posts a SEND from the beginning of `out`.
