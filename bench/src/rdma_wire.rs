@@ -6,7 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use pageferry_rdma::bare::{Bare, BareListener, BareTerms};
+use pageferry_rdma::bare::{Bare, BareListener, BareTerms, Progress};
 use pageferry_rdma::error::RdmaError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -68,7 +68,7 @@ pub(crate) fn ping_pong(
 ) -> Result<Recorded, BenchError> {
     let to = peer.ask(&Request::RdmaPong(*way))?;
     let mut end = Bare::connect(Some(from), to, way.terms())?;
-    let mut seq = 0u8;
+    let (mut seq, mut seen) = (0u8, Seen::default());
     let places = (way.memory_bytes / u64::from(way.bytes)).max(1);
     let (order, mut reads) = (Order::new(Some(places)), 0);
     if way.verb == Verb::Send {
@@ -77,18 +77,18 @@ pub(crate) fn ping_pong(
     let recorded = run(pace, u64::from(way.bytes), || match way.verb {
         Verb::Write => {
             seq = seq.wrapping_add(1);
-            write_one(&mut end, way.bytes, seq)?;
+            write_one(&mut end, &mut seen, way.bytes, seq)?;
             await_byte(&end, way.bytes, seq)
         }
         Verb::Read => {
             let at = order.place(reads % places) * u64::from(way.bytes);
             reads += 1;
             end.read_at(at, way.bytes)?;
-            await_done(&mut end, 1, 0)
+            seen.wait(&mut end, 1, 0)
         }
         Verb::Send => {
             end.send(way.bytes)?;
-            await_done(&mut end, 1, 1)?;
+            seen.wait(&mut end, 1, 1)?;
             end.receive(way.bytes)
         }
     })?;
@@ -106,7 +106,7 @@ pub(crate) fn serve_pong(
     let listener = BareListener::at(SocketAddr::new(at, 0))?;
     ready(listener.port())?;
     let mut end = listener.accept(way.terms())?;
-    let mut seq = 0u8;
+    let (mut seq, mut seen) = (0u8, Seen::default());
     // The first receive may come after the first message: the sender's device tries again.
     if way.verb == Verb::Send {
         end.receive(way.bytes)?;
@@ -115,17 +115,17 @@ pub(crate) fn serve_pong(
         Verb::Write => {
             seq = seq.wrapping_add(1);
             await_byte(&end, way.bytes, seq)?;
-            write_one(&mut end, way.bytes, seq)
+            write_one(&mut end, &mut seen, way.bytes, seq)
         }
         Verb::Read => {
             std::thread::sleep(Duration::from_millis(20));
             end.check()
         }
         Verb::Send => {
-            await_done(&mut end, 0, 1)?;
+            seen.wait(&mut end, 0, 1)?;
             end.receive(way.bytes)?;
             end.send(way.bytes)?;
-            await_done(&mut end, 1, 0)
+            seen.wait(&mut end, 1, 0)
         }
     };
     loop {
@@ -207,10 +207,10 @@ pub(crate) fn serve_sink(
 }
 
 /// Posts a WRITE that ends in this byte and waits for its completion.
-fn write_one(end: &mut Bare, bytes: u32, seq: u8) -> Result<(), RdmaError> {
+fn write_one(end: &mut Bare, seen: &mut Seen, bytes: u32, seq: u8) -> Result<(), RdmaError> {
     end.stamp(bytes, seq)?;
     end.write(bytes, 1, true)?;
-    await_done(end, 1, 0)
+    seen.wait(end, 1, 0)
 }
 
 fn await_byte(end: &Bare, bytes: u32, seq: u8) -> Result<(), RdmaError> {
@@ -224,17 +224,34 @@ fn await_byte(end: &Bare, bytes: u32, seq: u8) -> Result<(), RdmaError> {
     }
 }
 
-fn await_done(end: &mut Bare, mut done: u32, mut received: u32) -> Result<(), RdmaError> {
-    loop {
-        for _ in 0..LOOKS {
-            let progress = end.poll()?;
-            done = done.saturating_sub(progress.done);
-            received = received.saturating_sub(progress.received);
-            if done == 0 && received == 0 {
-                return Ok(());
+/// Completions that were seen and not yet waited for: the answer to a message may come before its own
+/// completion, and the next message before that of the answer.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen(Progress);
+
+impl Seen {
+    /// Waits for so many posts and receives; what came beside them is kept for the next time.
+    fn wait(&mut self, end: &mut Bare, done: u32, received: u32) -> Result<(), RdmaError> {
+        loop {
+            for _ in 0..LOOKS {
+                if self.take(done, received) {
+                    return Ok(());
+                }
+                let progress = end.poll()?;
+                self.0.done += progress.done;
+                self.0.received += progress.received;
             }
+            end.check()?;
         }
-        end.check()?;
+    }
+
+    fn take(&mut self, done: u32, received: u32) -> bool {
+        let is_there = self.0.done >= done && self.0.received >= received;
+        if is_there {
+            self.0.done -= done;
+            self.0.received -= received;
+        }
+        is_there
     }
 }
 
@@ -247,4 +264,17 @@ fn is_over(error: &RdmaError) -> bool {
             | RdmaError::Event { event: CmEventKind::TimeWaitExit, .. }
             | RdmaError::Completion { status: Status::Flushed | Status::RetryExceeded, .. }
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_that_overtakes_a_completion_is_not_forgotten() {
+        let mut seen = Seen(Progress { done: 1, received: 1 });
+        assert!(seen.take(1, 0));
+        assert!(!seen.take(1, 0), "waited for");
+        assert!(seen.take(0, 1), "came beside it");
+    }
 }
