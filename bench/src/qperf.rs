@@ -52,10 +52,9 @@ impl Test {
         let to = match self {
             Self::TcpLatency | Self::TcpStream => listens.ip(),
             Self::RdmaLatency(_) | Self::RdmaStream => {
-                let rdma = ends.rdma()?;
                 // By rdma_cm, which iWARP needs, and polling, as perftest and we do.
-                client.extend(["-cm1", "-cp1", "-i", &rdma.device].map(String::from));
-                rdma.peer
+                client.extend(["-cm1", "-cp1"].map(String::from));
+                ends.rdma()?.peer
             }
         };
         client.extend([to.to_string(), self.name().into()]);

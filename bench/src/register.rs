@@ -61,6 +61,14 @@ pub(crate) fn run(args: &RegisterArgs) -> Result<(), BenchError> {
                 0 => whole,
                 bytes => bytes.next_multiple_of(size.bytes()).min(whole),
             };
+            let is_known = |setting: &Setting<Contender>| {
+                let of = &setting[0].who;
+                of.memory.size == size && of.slice_bytes == slice_bytes && of.threads == threads
+            };
+            // A small memory is one slice whatever was asked for.
+            if settings.iter().any(is_known) {
+                continue;
+            }
             let mut group = format!("{} pages, slices of {}", size.name(), svg::size(slice_bytes));
             if threads > 1 {
                 group.push_str(&format!(", {threads} threads"));
