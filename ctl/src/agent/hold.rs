@@ -3,13 +3,15 @@
 //! `PAGEFERRY_HOLD=saving:20000` keeps the first agent that reads it in its phase `saving` for up
 //! to 20 s: what the phase has asked for is done, and the answer waits here. What ends an attempt
 //! (a cancel, a failure, a lost peer, a deadline) is heard all the same. `last-moving` and
-//! `last-closing` mean those of the last round, with the guest paused.
+//! `last-closing` mean those of the last round, with the guest paused; `moving#2` is that phase when
+//! it is entered for the second time. `saving:20000:/tmp/go` ends as soon as there is such a file.
 //!
 //! For tests: a build without debug assertions never looks at the variable. Owned by an agent's
 //! loop, on its thread.
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
+use std::path::PathBuf;
 use std::time::Duration;
 
 const VARIABLE: &str = "PAGEFERRY_HOLD";
@@ -27,8 +29,13 @@ pub(super) struct Hold<I> {
 struct Wanted {
     phase: String,
     last_round: bool,
+    /// Which time that it is entered; how often it was; whether it is just now.
+    entry: u32,
+    entered: u32,
+    inside: bool,
     length: Duration,
     until: Option<Duration>,
+    ends_with: Option<PathBuf>,
 }
 
 impl<I> Hold<I> {
@@ -44,13 +51,19 @@ impl<I> Hold<I> {
         let phase = format!("{phase:?}").to_lowercase();
         wanted.last_round &= phase != BEFORE_LAST_ROUND;
         if wanted.last_round || phase != wanted.phase {
+            wanted.inside = false;
+            return false;
+        }
+        wanted.entered += u32::from(!wanted.inside);
+        wanted.inside = true;
+        if wanted.entered != wanted.entry {
             return false;
         }
         let until = *wanted.until.get_or_insert_with(|| {
             eprintln!("held in {phase}");
             now + wanted.length
         });
-        now < until
+        now < until && !wanted.ends_with.as_ref().is_some_and(|file| file.exists())
     }
 
     /// Keeps an input for when the phase is over.
@@ -71,13 +84,29 @@ impl<I> Hold<I> {
 
 impl Wanted {
     fn parse(text: &str) -> Option<Self> {
-        let (phase, ms) = text.split_once(':')?;
+        let (phase, rest) = text.split_once(':')?;
+        let (ms, ends_with) = match rest.split_once(':') {
+            Some((ms, file)) => (ms, Some(file.into())),
+            None => (rest, None),
+        };
         let (phase, last_round) = match phase.strip_prefix("last-") {
             Some(phase) => (phase, true),
             None => (phase, false),
         };
-        let length = Duration::from_millis(ms.parse().ok()?);
-        Some(Self { phase: phase.to_lowercase(), last_round, length, until: None })
+        let (phase, entry) = match phase.split_once('#') {
+            Some((phase, entry)) => (phase, entry.parse().ok()?),
+            None => (phase, 1),
+        };
+        Some(Self {
+            phase: phase.to_lowercase(),
+            last_round,
+            entry,
+            entered: 0,
+            inside: false,
+            length: Duration::from_millis(ms.parse().ok()?),
+            until: None,
+            ends_with,
+        })
     }
 }
 
@@ -118,8 +147,26 @@ mod tests {
     }
 
     #[test]
+    fn a_later_entry_is_told_from_the_first() {
+        let mut hold = hold("moving#2:100");
+        assert!(!hold.holds(Phase::Moving, at(0)) && !hold.holds(Phase::Moving, at(1)));
+        assert!(!hold.holds(Phase::LastScanning, at(2)));
+        assert!(hold.holds(Phase::Moving, at(3)) && !hold.holds(Phase::Moving, at(103)));
+    }
+
+    #[test]
+    fn a_file_ends_it() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().to_owned();
+        let mut hold = hold(&format!("moving:100:{}", path.display()));
+        assert!(!hold.holds(Phase::Moving, at(0)));
+        drop(file);
+        assert!(hold.holds(Phase::Moving, at(1)));
+    }
+
+    #[test]
     fn nonsense_holds_nothing() {
-        for text in ["", "moving", "moving:soon"] {
+        for text in ["", "moving", "moving:soon", "moving#x:1"] {
             assert!(!hold(text).holds(Phase::Moving, at(0)), "{text}");
         }
     }

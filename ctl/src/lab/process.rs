@@ -113,6 +113,17 @@ fn registered_mappings(smaps: &str) -> Vec<String> {
     found
 }
 
+/// The living processes that were started with `NAME=VALUE` in their environment, or by one that was.
+pub fn with_environment(name: &str, value: &str) -> Vec<u32> {
+    let word = format!("{name}={value}");
+    let has = |pid: &u32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|entry| entry == word.as_bytes())
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(has).collect()
+}
+
 /// The fields of `/proc/PID/stat` from the third on: the second may hold spaces and brackets.
 fn stat_fields(pid: u32) -> Result<Vec<String>, LabError> {
     let path = Path::new("/proc").join(pid.to_string()).join("stat");
@@ -131,6 +142,23 @@ mod tests {
     fn an_untouched_process_has_nothing_left_behind() {
         let left = left_behind(std::process::id()).expect("our own /proc");
         assert!(left.is_empty(), "{left:?}");
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_environment() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .env("PAGEFERRY_TEST_WORD", "there")
+            .spawn()
+            .expect("sleep is installed");
+        // Between fork and exec it still has ours.
+        let started = std::time::Instant::now();
+        while !with_environment("PAGEFERRY_TEST_WORD", "there").contains(&child.id()) {
+            assert!(started.elapsed() < Duration::from_secs(20), "it is not seen");
+        }
+        child.kill().expect("it is ours");
+        child.wait().expect("it is ours");
+        assert!(!with_environment("PAGEFERRY_TEST_WORD", "there").contains(&child.id()));
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub enum Memory {
         folder: PathBuf,
         /// `share=on`; off is for tests of refusals.
         share: bool,
+        /// `reserve=on`, QEMU's default; off lets QEMU start where there are too few huge pages.
+        reserve: bool,
     },
     /// A memfd.
     Memfd {
@@ -47,12 +49,12 @@ pub enum Memory {
 impl Memory {
     /// A named file on the machine's tmpfs.
     pub fn tmpfs() -> Self {
-        Self::File { folder: "/dev/shm".into(), share: true }
+        Self::File { folder: "/dev/shm".into(), share: true, reserve: true }
     }
 
     /// A named file on a hugetlbfs that is mounted at `folder`.
     pub fn hugetlbfs(folder: &Path) -> Self {
-        Self::File { folder: folder.to_owned(), share: true }
+        Self::File { folder: folder.to_owned(), share: true, reserve: true }
     }
 }
 
@@ -365,9 +367,10 @@ impl QemuSpec {
         let size = format!("id=ram,size={}M", self.memory_mib);
         let on = |share: bool| if share { "on" } else { "off" };
         match &self.memory {
-            Memory::File { share, .. } => {
+            Memory::File { share, reserve, .. } => {
                 let path = memory_file.unwrap_or(Path::new("")).display();
-                Some(format!("memory-backend-file,{size},mem-path={path},share={}", on(*share)))
+                let (share, reserve) = (on(*share), if *reserve { "" } else { ",reserve=off" });
+                Some(format!("memory-backend-file,{size},mem-path={path},share={share}{reserve}"))
             }
             Memory::Memfd { hugetlb, share } => {
                 let pages = if *hugetlb { ",hugetlb=on,hugetlbsize=2M" } else { "" };
