@@ -159,7 +159,16 @@ fn say_result(args: &TargetArgs, result: &TargetResult) {
     let session = result.session.to_string();
     let session = Some(session.as_str());
     match &result.outcome {
-        Outcome::Runs => say(args, "running", "the guest runs here", session),
+        Outcome::Runs => {
+            say(args, "running", "the guest runs here", session);
+            if !result.heard {
+                eprintln!(
+                    "hint: the source has not heard it; `pageferry recover {}`, here and there, \
+                     tells it",
+                    result.session
+                );
+            }
+        }
         Outcome::Failed(failure) => {
             say(args, "failed", "the guest stays at the source", session);
             say_failure(failure);

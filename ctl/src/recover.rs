@@ -1,8 +1,9 @@
 //! `pageferry recover`: brings sessions to their end whose agents, hosts or network were lost.
 //!
-//! The source asks the target. A target that needs the source's word waits for it to ask: where no
-//! `pageferry target` listens any more, by listening in its place.
+//! The source asks the target. A target waits for it to ask, whether it needs the source's word or the
+//! source its own: where no `pageferry target` listens any more, by listening in its place.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -54,21 +55,24 @@ fn recover(args: &RecoverArgs, path: &Path, record: &Record) -> Result<End, Reco
         Role::Target => {
             let peer = if args.peer_is_dead { Peer::Dead } else { Peer::Unreachable };
             let end = Side::open(path)?.recover_target(peer)?;
-            match end {
-                End::Unknown => wait_for_the_source(args, path, record, until),
-                end => Ok(end),
+            match args.peer_is_dead {
+                true => Ok(end),
+                false => wait_for_the_source(args, path, record, end, until),
             }
         }
     }
 }
 
-/// Waits until the source has asked: here, or at a target agent that listens already.
+/// Waits until the source has asked: here, or at a target agent that listens already. Until then it
+/// ends as it is known to, by what there is on this side.
 fn wait_for_the_source(
     args: &RecoverArgs,
     path: &Path,
     record: &Record,
+    known: End,
     until: Instant,
 ) -> Result<End, RecoveryError> {
+    let before = record::read(path).map(|record| record.decision).ok();
     let security = &record.security;
     let door = |address| Door::of(address, security.tls_dir.as_deref(), security.insecure);
     let acceptor = record.listen.as_ref().and_then(|at| Acceptor::listen(at, door).ok());
@@ -78,14 +82,17 @@ fn wait_for_the_source(
     loop {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Ok(End::Unknown);
+            return Ok(known);
         }
         match &acceptor {
             Some(acceptor) => select! {
                 recv(acceptor.arrivals()) -> arrival => match arrival {
                     Ok(Arrival::Control { link, first }) => {
-                        if let Message::Recover(ask) = *first {
-                            recovery::answer(&args.state_dir, &link, ask);
+                        if let Message::Recover(ask) = *first
+                            && let Some(end) = recovery::answer(&args.state_dir, &link, ask)
+                            && ask.session == record.session
+                        {
+                            return Ok(end);
                         }
                     }
                     Ok(Arrival::Lane(_) | Arrival::Stranger { .. }) | Err(_) => {}
@@ -94,9 +101,17 @@ fn wait_for_the_source(
             },
             None => std::thread::sleep(left.min(LOOK)),
         }
-        // Without the source's word nothing changes here; with it the record does.
-        if record::read(path).is_ok_and(|now| now.decision != record.decision) {
-            return Side::open(path)?.recover_target(Peer::Unreachable);
+        // Without the source's word nothing changes here; with it the record does, or both sides know
+        // and it is gone.
+        match record::read(path) {
+            Ok(now) if Some(now.decision) != before => {
+                return Side::open(path)?.recover_target(Peer::Unreachable);
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let runs = recovery::runs(record);
+                return Ok(if runs { End::RunsHere } else { End::TheOthers });
+            }
+            Ok(_) | Err(_) => {}
         }
     }
 }

@@ -159,6 +159,13 @@ pub fn target(own: Word, guest: Guest, peer: Peer) -> Plan {
     }
 }
 
+/// Whether the target may forget its record once the source, whose word was `source`, was told that
+/// it says `own`: without it, should the source not have heard the answer and ask again, it comes to
+/// the same end.
+pub fn target_may_forget(own: Word, source: Word) -> bool {
+    matches!((own, source), (Word::Running, Word::HandedOver) | (Word::Aborted, Word::Aborted))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,6 +173,17 @@ mod tests {
     const WORDS: [Word; 5] =
         [Word::None, Word::Attempting, Word::HandedOver, Word::Running, Word::Aborted];
     const GUESTS: [Guest; 3] = [Guest::Runs, Guest::Whole, Guest::Absent];
+
+    #[test]
+    fn a_target_that_has_forgotten_says_the_same() {
+        for (own, word) in WORDS.into_iter().flat_map(|own| WORDS.map(|word| (own, word))) {
+            for guest in GUESTS.into_iter().filter(|_| target_may_forget(own, word)) {
+                let (told, again) = (Peer::Says(own), Peer::Says(Word::None));
+                let runs_here = |peer| source(word, guest, peer).end == End::RunsHere;
+                assert_eq!(runs_here(told), runs_here(again), "{own:?} {word:?} {guest:?}");
+            }
+        }
+    }
 
     /// One side: its record and its guest, changed by the steps of a plan.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,6 +20,7 @@ use pageferry_ctl::agent::failure;
 use pageferry_ctl::agent::monitor::{
     Attached, GuestFacts, SourceMonitor, StateStream, TargetMonitor,
 };
+use pageferry_ctl::qemu::capabilities::Settings;
 use pageferry_datapath::backing::Backing;
 use pageferry_datapath::control::{Offer, RegionOffer};
 use pageferry_datapath::holes;
@@ -336,6 +337,10 @@ impl SourceMonitor for SyntheticSource {
         true
     }
 
+    fn settings(&self) -> Option<Settings> {
+        None
+    }
+
     fn guard(&mut self, _record: &Path) -> Result<(), Failure> {
         Ok(())
     }
@@ -416,6 +421,10 @@ impl SyntheticTarget {
 impl TargetMonitor for SyntheticTarget {
     fn pid(&self) -> i32 {
         std::process::id() as i32
+    }
+
+    fn settings(&self) -> Option<Settings> {
+        None
     }
 
     fn is_alive(&self) -> bool {

@@ -79,6 +79,8 @@ struct State {
     ended: bool,
     /// One side has said its last: the end of the connection is the end.
     closing: bool,
+    /// Something was to be said after the end.
+    unsaid: bool,
     /// Source: who comes back.
     session: SessionId,
     /// Shown by the source when it comes back; `None` as long as it may not.
@@ -155,6 +157,7 @@ impl Control {
         }
         let (_whole_frames_in_order, mut state) = self.room_to_send();
         if state.ended {
+            state.unsaid = true;
             return Err(LinkError::Closed);
         }
         state.sent += 1;
@@ -270,8 +273,9 @@ impl Control {
 
     /// Waits until the peer has heard everything, at most so long, `through_cuts` or until the
     /// connection is cut; then tells it that nothing more will come. A peer that does not say what
-    /// it has heard is waited for until it closes.
-    pub fn finish(&self, within: Duration, through_cuts: bool) {
+    /// it has heard is waited for until it closes. Returns whether it has heard everything, as far
+    /// as it says.
+    pub fn finish(&self, within: Duration, through_cuts: bool) -> bool {
         let until = Instant::now() + within;
         // Whoever writes just now may be stuck, or be done in a moment.
         while !self.tell() && Instant::now() < until {
@@ -284,11 +288,14 @@ impl Control {
         let mut state = self.state();
         state.closing = true;
         let (link, tells) = (state.link.clone(), state.key.is_some());
+        let heard = tells && state.kept.is_empty() && !state.unsaid;
         drop(state);
         link.finish();
-        if !tells {
-            self.wait_while(until, |state| !state.ended);
+        if tells {
+            return heard;
         }
+        self.wait_while(until, |state| !state.ended);
+        self.state().ended
     }
 
     fn wait_while(&self, until: Instant, mut condition: impl FnMut(&State) -> bool) {
@@ -572,6 +579,7 @@ impl State {
             cut: false,
             ended: false,
             closing: false,
+            unsaid: false,
             session,
             key,
             sent: 0,

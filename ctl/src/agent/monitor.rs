@@ -12,6 +12,8 @@ use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_datapath::tracker::DirtyTracker;
 
+use crate::qemu::capabilities::Settings;
+
 /// What is known of a guest before anything is touched.
 #[derive(Clone, Debug, Default)]
 pub struct GuestFacts {
@@ -57,6 +59,9 @@ pub trait SourceMonitor: Send {
     /// Whether the monitor is still there.
     fn is_alive(&self) -> bool;
 
+    /// The migration settings of a QEMU before anything was touched, for the session's record.
+    fn settings(&self) -> Option<Settings>;
+
     /// From here on somebody else looks after the guest if this process dies while it holds it; the
     /// session's record tells whose it is. Touches nothing.
     fn guard(&mut self, record: &Path) -> Result<(), Failure>;
@@ -99,6 +104,9 @@ pub trait TargetMonitor: Send {
 
     /// Whether the monitor is still there: without it, memory would be moved for nobody.
     fn is_alive(&self) -> bool;
+
+    /// As [`SourceMonitor::settings`].
+    fn settings(&self) -> Option<Settings>;
 
     /// Checks the offer against this monitor, and maps its memory in the offer's order.
     fn inspect(&mut self, offer: &Offer) -> Result<GuestMemory, Failure>;

@@ -16,6 +16,8 @@ use pageferry_datapath::control::Word;
 use pageferry_datapath::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
+use crate::qemu::capabilities::Settings;
+
 /// Where records are kept unless told otherwise.
 pub const STATE_DIR: &str = "/var/lib/pageferry";
 
@@ -75,6 +77,9 @@ pub struct Record {
     /// How the other side is spoken to.
     #[serde(default)]
     pub security: RecordedSecurity,
+    /// The migration settings of the QEMU here before the attempt, for whoever recovers it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<Settings>,
     /// Which write of this session this is; the highest counts.
     pub sequence: u64,
     /// Seconds since 1970 when this was written.
@@ -100,6 +105,7 @@ impl Record {
             agent: std::process::id(),
             listen: None,
             security: RecordedSecurity::default(),
+            settings: None,
             sequence: 0,
             written_at: 0,
         }

@@ -8,12 +8,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry_datapath::control::{Message, Recover, Recovered, Word};
+use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::recover::{self, End, Guest, Peer, Step};
 
 use super::link::Link;
 use super::record::{self, Decision, Record, RecordError, RecordedSecurity, Records, Role};
 use super::tls::Caller;
 use crate::limits;
+use crate::qemu::device_state;
 use crate::qemu::runstate::{self, RunState};
 use crate::qmp::{Qmp, QmpError};
 
@@ -85,6 +87,7 @@ impl Side {
         }
         let plan = recover::source(self.word(), guest, peer);
         self.carry_out(&plan.steps)?;
+        self.set_back(plan.end);
         Ok(plan.end)
     }
 
@@ -92,7 +95,20 @@ impl Side {
     pub fn recover_target(&mut self, peer: Peer) -> Result<End, RecoveryError> {
         let plan = recover::target(self.word(), self.guest(), peer);
         self.carry_out(&plan.steps)?;
+        self.set_back(plan.end);
         Ok(plan.end)
+    }
+
+    /// A guest that runs here is its owner's again, with the migration settings it had.
+    fn set_back(&self, end: End) {
+        let (Some(qmp), Some(settings), End::RunsHere) = (&self.qmp, &self.record.settings, end)
+        else {
+            return;
+        };
+        let ended = device_state::cancel(qmp, Instant::now() + limits::STATE_TIMEOUT);
+        if let Err(error) = settings.restore_differing(qmp) {
+            tracing::warn!(%error, ?ended, "QEMU's migration settings stay as they are");
+        }
     }
 
     fn carry_out(&mut self, steps: &[Step]) -> Result<(), RecoveryError> {
@@ -107,14 +123,16 @@ impl Side {
                     let until = Instant::now() + limits::RECOVER_TELL_MAX;
                     let _it_may_not_hear_it = ask(&self.record, self.word(), until);
                 }
-                Step::Forget => {
-                    if let Some(records) = self.records.take() {
-                        records.forget();
-                    }
-                }
+                Step::Forget => self.forget(),
             }
         }
         Ok(())
+    }
+
+    fn forget(&mut self) {
+        if let Some(records) = self.records.take() {
+            records.forget();
+        }
     }
 
     fn write(&mut self, word: Word) -> Result<(), RecoveryError> {
@@ -177,29 +195,54 @@ pub fn ask(record: &Record, word: Word, until: Instant) -> Peer {
     }
 }
 
-/// Target: acts on the source's word, and answers with what the record here says then.
-pub fn answer(state_dir: &Path, link: &Link, ask: Recover) {
+/// Target: acts on the source's word, and answers with what the record here says then; forgets it
+/// when both sides know. `None` if there was nothing to act on, or the source was not told.
+pub fn answer(state_dir: &Path, link: &Link, ask: Recover) -> Option<End> {
     let path = record::path_of(state_dir, ask.session, Role::Target);
     if !path.exists() {
-        return tell(link, Word::None);
+        tell(link, Word::None);
+        return None;
     }
     let answered = Side::open(&path).and_then(|mut side| {
         let end = side.recover_target(Peer::Says(ask.word))?;
         tracing::info!(session = %ask.session, ?end, "recovered by the source's word");
-        Ok(side.word())
+        Ok((side, end))
     });
     match answered {
-        Ok(word) => tell(link, word),
+        Ok((mut side, end)) => {
+            let told = tell(link, side.word());
+            if told && recover::target_may_forget(side.word(), ask.word) {
+                side.forget();
+            }
+            told.then_some(end)
+        }
         // Without an answer the source keeps what it has, and asks again.
-        Err(error) => tracing::warn!(%error, session = %ask.session, "not recovered"),
+        Err(error) => {
+            tracing::warn!(%error, session = %ask.session, "not recovered");
+            None
+        }
     }
 }
 
-/// Answers, and ends the connection.
-pub fn tell(link: &Link, word: Word) {
+/// Answers, and ends the connection. Returns whether the answer left.
+pub fn tell(link: &Link, word: Word) -> bool {
     // Who is gone asks again.
-    let _asks_again = link.send(&Message::Recovered(Recovered { word }));
+    let told = link.send(&Message::Recovered(Recovered { word })).is_ok();
     link.finish();
+    told
+}
+
+/// Whether the guest of a session runs on this side.
+pub fn runs(record: &Record) -> bool {
+    let qmp = Qmp::connect(&record.qmp).ok().filter(|qmp| is_monitor(qmp, record.pid));
+    qmp.and_then(|qmp| RunState::query(&qmp).ok()).is_some_and(|state| state.running)
+}
+
+/// Target: removes the record of a session that both sides know the end of.
+pub fn forget(state_dir: &Path, session: SessionId) {
+    if let Ok(records) = Records::open(&record::path_of(state_dir, session, Role::Target)) {
+        records.forget();
+    }
 }
 
 /// What people are told of an end, on the side of `role`.

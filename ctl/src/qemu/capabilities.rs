@@ -12,7 +12,7 @@ use super::device_state::PausedBy;
 use crate::qmp::QmpError;
 
 /// What was changed, with what it was before.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[must_use = "what was changed must be set back after a failure"]
 pub struct Settings {
     capabilities: Vec<(String, bool)>,
@@ -53,9 +53,13 @@ const OFF: &[&str] = &[
 const BANDWIDTH: u64 = 1 << 40;
 
 impl Settings {
-    /// All that [`Settings::apply`] may change at the source, as it is now.
+    /// All that [`Settings::apply`] may change on either side, as it is now.
     pub fn current(qemu: &dyn Execute) -> Result<Self, QmpError> {
-        let ours = |name: &str| ON.contains(&name) || OFF.contains(&name) || name == PAUSE;
+        let ours = |name: &str| {
+            ON.contains(&name)
+                || OFF.contains(&name)
+                || [PAUSE, LATE_BLOCK_ACTIVATE].contains(&name)
+        };
         let capabilities = capabilities(qemu)?.into_iter().filter(|(name, _)| ours(name)).collect();
         let mut parameters = parameters(qemu)?;
         parameters.retain(|name, _| parameters_wanted(Side::Source).contains_key(name));

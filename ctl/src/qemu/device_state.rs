@@ -207,7 +207,7 @@ impl Outgoing {
 
 /// Ends a migration that an agent began, whatever has become of it, and waits until it has ended.
 /// The agent's end of the channel is closed.
-pub(super) fn cancel(qmp: &Qmp, deadline: Instant) -> Result<(), DeviceStateError> {
+pub(crate) fn cancel(qmp: &Qmp, deadline: Instant) -> Result<(), DeviceStateError> {
     // Ours still, unless a migration took it; then QEMU says that it knows none.
     let kept = qmp.execute("closefd", json!({ "fdname": FD }));
     tracing::trace!(?kept, "closefd");

@@ -82,6 +82,10 @@ impl SourceMonitor for QemuSource {
         self.process.is_alive()
     }
 
+    fn settings(&self) -> Option<Settings> {
+        Settings::current(&self.qmp).ok()
+    }
+
     fn guard(&mut self, record: &Path) -> Result<(), Failure> {
         self.guard = Some(Guard::start(&self.qmp, record)?);
         Ok(())

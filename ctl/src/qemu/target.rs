@@ -62,6 +62,10 @@ impl TargetMonitor for QemuTarget {
         self.qemu.process.is_alive()
     }
 
+    fn settings(&self) -> Option<Settings> {
+        Settings::current(&self.qmp).ok()
+    }
+
     fn inspect(&mut self, offer: &Offer) -> Result<GuestMemory, Failure> {
         let refusals = checks::compare(&offer.regions, &offer.machine, &self.qemu);
         if !refusals.is_empty() {
@@ -122,10 +126,8 @@ impl TargetMonitor for QemuTarget {
             stream.close();
         }
         self.incoming = None;
-        if let Some(settings) = self.settings.take()
-            && let Err(error) = settings.restore(&self.qmp)
-        {
-            tracing::debug!(%error, "the target QEMU's migration settings stay as they are");
+        if let Some(settings) = self.settings.take() {
+            set_back(settings, &self.qmp);
         }
     }
 }
@@ -152,6 +154,17 @@ impl Drop for QemuTarget {
         {
             not_announced(&error);
         }
+        // A guest that runs here is its owner's: the next migration may be somebody else's, and one
+        // that does not ignore shared memory.
+        if let Some(settings) = self.settings.take() {
+            set_back(settings, &self.qmp);
+        }
+    }
+}
+
+fn set_back(settings: Settings, qmp: &Qmp) {
+    if let Err(error) = settings.restore(qmp) {
+        tracing::debug!(%error, "the target QEMU's migration settings stay as they are");
     }
 }
 

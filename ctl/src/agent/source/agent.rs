@@ -52,6 +52,8 @@ pub(super) struct Agent<'a> {
     blackout: Duration,
     /// The guest was paused to be handed over.
     switching: bool,
+    /// The target has ended the attempt, and knows.
+    aborted_by_target: bool,
     /// How often the control connection was cut and came back, and for how long it was away.
     cuts: Vec<Duration>,
     records: Option<Records>,
@@ -93,6 +95,7 @@ impl<'a> Agent<'a> {
             hostname: options.caller.hostname.clone(),
             insecure: options.caller.insecure,
         };
+        record.settings = monitor.settings();
         let records = Records::begin(&options.state_dir, record).map_err(|error| {
             let hint = "name a writable folder with --state-dir";
             failure::host("record", &error, Some(hint.into()))
@@ -121,6 +124,7 @@ impl<'a> Agent<'a> {
             reconnect: options.reconnect,
             blackout: options.blackout,
             switching: false,
+            aborted_by_target: false,
             cuts: Vec::new(),
             records: Some(records),
             hold: Hold::from_environment(),
@@ -186,8 +190,9 @@ impl<'a> Agent<'a> {
         self.started.elapsed()
     }
 
-    /// Whether both ends share a machine is needed here too.
+    /// Whether both ends share a machine is needed here too, and whether the target ended it.
     fn note(&mut self, input: &Input) {
+        self.aborted_by_target |= matches!(input, Input::Message(Message::Abort(_)));
         if let Input::Message(Message::Welcome(welcome)) = input {
             let here = host::boot_id();
             self.mover.same_host = !here.is_empty() && welcome.boot_id == here;
@@ -407,8 +412,11 @@ impl<'a> Agent<'a> {
         assert!(self.state.set(Arc::clone(&stream)).is_ok(), "device state is saved once");
         let relay = StateRelay::start(stream, self.control.clone(), self.to_inputs.clone());
         self.relay = Some(relay);
-        self.monitor.state_saved()?;
-        Ok(Some(Input::DeviceStateSent))
+        let Err(failure) = self.monitor.state_saved() else {
+            return Ok(Some(Input::DeviceStateSent));
+        };
+        // That the target is gone, or has given up, explains more than what the monitor makes of it.
+        self.heard.try_iter().map(|(input, _room)| input).find(is_out).map(Some).ok_or(failure)
     }
 
     fn decide(&mut self, decision: Decision) -> Result<(), Failure> {
@@ -433,12 +441,19 @@ impl<'a> Agent<'a> {
         self.digest = None;
         let running = self.monitor.unwind();
         self.tracking.disarm();
-        self.control.finish(GOODBYE_WAIT, false);
+        let knows = self.control.finish(GOODBYE_WAIT, false) || self.aborted_by_target;
         self.mover.close(true);
         self.join_relay();
-        match self.records.take() {
-            Some(records) if running => records.forget(),
-            records => self.records = records,
+        // A target that has loaded the guest and does not know waits for somebody's word: the record
+        // stays for `pageferry recover`. Before the device state left it has not.
+        let needed = |records: &mut Records| {
+            records.record().decision == Decision::Aborted && !knows || !running
+        };
+        if let Some(records) = self.records.take_if(|records| !needed(records)) {
+            records.forget();
+        }
+        if running && self.records.is_some() {
+            tracing::warn!("the target was not told; `pageferry recover` does it");
         }
         running
     }
@@ -540,8 +555,19 @@ fn listener(
             Event::Message(message, room) => (Input::Message(message), Some(room)),
             Event::Lost(error) => (Input::PeerLost(lost(&error)), None),
         };
+        let target_is_out = is_out(&heard.0);
         let _nobody_waits_after_the_end = to_heard.send(heard);
+        if target_is_out {
+            // The agent may be waiting for its monitor, and that for the target's last word, which
+            // will not come: the guest stands still meanwhile.
+            let _the_monitor_has_ended = state.get().map(|stream| stream.finish());
+        }
     }
+}
+
+/// The target is gone, or has given up.
+fn is_out(input: &Input) -> bool {
+    matches!(input, Input::PeerLost(_) | Input::Message(Message::Abort(_)))
 }
 
 fn not_connected(error: &LinkError) -> Failure {

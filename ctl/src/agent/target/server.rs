@@ -15,6 +15,7 @@ use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
 use pageferry_datapath::control::{Abort, AbortReason, Hello, Message, Recover, Rejoin, Word};
 use pageferry_datapath::framing::hello::Refusal;
 use pageferry_datapath::ids::SessionId;
+use pageferry_datapath::recover;
 use pageferry_datapath::target::Outcome;
 
 use super::super::acceptor::{Acceptor, Arrival};
@@ -83,7 +84,7 @@ struct Server<'scope, 'env> {
     /// Comes as soon as the one that it takes the place of has ended.
     waiting: Option<(Link, Hello, Instant)>,
     /// Sources that ask what became of a session, which is ending.
-    asked: Vec<(SessionId, Link)>,
+    asked: Vec<(Recover, Link)>,
 }
 
 impl Server<'_, '_> {
@@ -115,7 +116,7 @@ impl Server<'_, '_> {
     fn recover(&mut self, link: Link, ask: Recover) {
         let Some(session) = self.sessions.get(&ask.session) else {
             let dir = self.options.state_dir.clone();
-            self.scope.spawn(move || recovery::answer(&dir, &link, ask));
+            self.scope.spawn(move || _ = recovery::answer(&dir, &link, ask));
             return;
         };
         let control = session.control.clone();
@@ -127,7 +128,7 @@ impl Server<'_, '_> {
                 hint: None,
             }),
         };
-        self.asked.push((ask.session, link));
+        self.asked.push((ask, link));
         self.scope.spawn(move || control.hear_otherwise(word));
     }
 
@@ -139,8 +140,11 @@ impl Server<'_, '_> {
             Outcome::Failed(_) => Word::Aborted,
             Outcome::Uncertain(_) => Word::Attempting,
         };
-        for (_, link) in self.asked.extract_if(.., |(session, _)| *session == result.session) {
-            recovery::tell(&link, word);
+        let dir = &self.options.state_dir;
+        for (ask, link) in self.asked.extract_if(.., |(ask, _)| ask.session == result.session) {
+            if recovery::tell(&link, word) && recover::target_may_forget(word, ask.word) {
+                recovery::forget(dir, ask.session);
+            }
         }
     }
 

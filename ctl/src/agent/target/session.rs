@@ -297,7 +297,7 @@ impl<'a> Session<'a> {
     ) -> Result<Choice, Failure> {
         let mut monitor = open_monitor(offer)?;
         self.memory = monitor.inspect(offer)?;
-        self.records = Some(self.begin_record(offer, monitor.pid())?);
+        self.records = Some(self.begin_record(offer, &*monitor)?);
         self.monitor = Some(monitor);
         // What it took to look into QEMU is not needed to take its guest in.
         privileges::drop_on_this_thread(privileges::to_write_in(&self.options.state_dir));
@@ -310,11 +310,12 @@ impl<'a> Session<'a> {
         self.intake.agree(offer, self.memory.clone(), at, tickets)
     }
 
-    fn begin_record(&self, offer: &Offer, pid: i32) -> Result<Records, Failure> {
+    fn begin_record(&self, offer: &Offer, monitor: &dyn TargetMonitor) -> Result<Records, Failure> {
         let peer = self.control.peer().map(|peer| peer.to_string()).unwrap_or_default();
         let named = || offer.target_qmp.clone().map(Into::into);
         let qmp = self.options.qmp.clone().or_else(named).unwrap_or_default();
-        let mut record = Record::attempting(self.session, Role::Target, peer, qmp, pid);
+        let mut record = Record::attempting(self.session, Role::Target, peer, qmp, monitor.pid());
+        record.settings = monitor.settings();
         record.listen = Some(self.options.listen.clone());
         record.security = self.options.security.clone();
         Records::begin(&self.options.state_dir, record).map_err(|error| {
@@ -440,20 +441,23 @@ impl<'a> Session<'a> {
     fn finish(mut self, machine: Target) -> TargetResult {
         let total = self.now();
         let outcome = machine.outcome().expect("the loop ends with it").clone();
-        if let Some(records) = self.records.take_if(|_| outcome == Outcome::Runs) {
-            records.forget();
-        }
         // Whatever still comes is dropped, or what it was told would never be heard behind that.
         (self.heard, self.lanes_lost) = (never(), never());
+        self.intake.fence();
+        // Sets QEMU back. As long as that is to be done, and as long as the source has not heard that
+        // the guest runs here, the record stays, for `pageferry recover` to finish it.
+        self.monitor = None;
         // That the guest runs here the source has to hear, however long that takes.
-        match outcome {
+        let heard = match outcome {
             Outcome::Runs => self.control.finish(self.options.reconnect, true),
             _ => self.control.finish(GOODBYE_WAIT, false),
+        };
+        if let Some(records) = self.records.take_if(|_| outcome == Outcome::Runs && heard) {
+            records.forget();
         }
         self.control.close();
-        self.intake.fence();
         self.stop_populating();
-        TargetResult { session: self.session, outcome, total }
+        TargetResult { session: self.session, outcome, total, heard }
     }
 }
 
