@@ -4,7 +4,7 @@
 ARGS ?=
 CARGO ?= cargo
 
-.PHONY: help setup build demo test check fmt clippy docs deny bench fuzz-short clean
+.PHONY: help setup build demo test check fmt clippy docs deny bench fuzz-short torture clean
 
 help:
 	@echo "make setup   install the system packages that are missing (Debian; sudo when not root)"
@@ -14,6 +14,7 @@ help:
 	@echo "make check   formatting, lints, documentation, dependencies, and all tests"
 	@echo "make test-rdma  test RDMA on soft-RoCE and soft-iWARP, in a VM without a NIC"
 	@echo "make fuzz-short  run every fuzz target for ten seconds (make test does so too)"
+	@echo "make torture  faults on live migrations of real guests: make torture ARGS=--duration=10m"
 	@echo "make bench   run the benchmarks: make bench ARGS=migrate-vs-qemu"
 
 setup:
@@ -54,6 +55,10 @@ bench: build
 
 fuzz-short: setup
 	$(CARGO) test -p pageferry-tests --test fuzz_short -- --nocapture
+
+# Agents can be held in a phase only where debug assertions are built in.
+torture: setup
+	$(CARGO) run -p pageferry-tests --bin torture -- $(ARGS)
 
 clean:
 	$(CARGO) clean

@@ -27,6 +27,17 @@ pub struct Agent {
     err: PathBuf,
 }
 
+/// How an agent is started, beside its arguments.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Manner<'a> {
+    /// Held in a phase: `PHASE:MILLISECONDS`, with `:FILE` until there is such a file.
+    pub hold: &'a str,
+    /// Words that start another program, by which it is started: `setpriv ...`.
+    pub under: &'a [&'a str],
+    /// A variable in its environment, and in that of what it starts.
+    pub mark: Option<(&'a str, &'a str)>,
+}
+
 /// What an agent left when it ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -58,20 +69,23 @@ impl Agent {
         name: &str,
         args: &[&str],
     ) -> Result<Self, LabError> {
-        Self::start_held(workplace, host, name, args, "")
+        Self::start_in(workplace, host, name, args, Manner::default())
     }
 
-    /// The same, held in a phase: `PHASE:MILLISECONDS`.
-    pub fn start_held(
+    /// The same, in a manner of its own.
+    pub fn start_in(
         workplace: &Arc<Workplace>,
         host: Option<&Host>,
         name: &str,
         args: &[&str],
-        hold: &str,
+        manner: Manner<'_>,
     ) -> Result<Self, LabError> {
+        let program = program()?;
+        let mut words = manner.under.iter().map(Path::new).chain([program.as_path()]);
+        let first = words.next().expect("the program at least");
         let mut command = match host {
-            Some(host) => host.namespace.command(program()?),
-            None => Command::new(program()?),
+            Some(host) => host.namespace.command(first),
+            None => Command::new(first),
         };
         let (out, err) =
             (workplace.file(&format!("{name}.out")), workplace.file(&format!("{name}.err")));
@@ -83,8 +97,10 @@ impl Agent {
             })
         };
         let child = command
+            .args(words)
             .args(args)
-            .env("PAGEFERRY_HOLD", hold)
+            .env("PAGEFERRY_HOLD", manner.hold)
+            .envs(manner.mark)
             .stdin(Stdio::null())
             .stdout(file(&out)?)
             .stderr(file(&err)?)
@@ -101,21 +117,30 @@ impl Agent {
         qemu: &Qemu,
         more: &[&str],
     ) -> Result<Self, LabError> {
+        Self::target_in(workplace, host, name, qemu, more, Manner::default())
+    }
+
+    /// The same, in a manner of its own.
+    pub fn target_in(
+        workplace: &Arc<Workplace>,
+        host: Option<&Host>,
+        name: &str,
+        qemu: &Qemu,
+        more: &[&str],
+        manner: Manner<'_>,
+    ) -> Result<Self, LabError> {
         let listen = address(host);
-        let state = workplace.file(&format!("{name}.state")).display().to_string();
         let qmp = qemu.qmp().display().to_string();
         let mut args = vec!["target", "--qmp", &qmp, "--once", "--json"];
         if !more.contains(&"--listen") {
             args.extend(["--listen", &listen]);
         }
-        args.extend(["--state-dir", &state]);
         if !more.contains(&"--reconnect-timeout") {
             args.extend(["--reconnect-timeout", RECONNECT_TIMEOUT_S]);
         }
-        let tls = tls(workplace, host, more)?;
-        args.extend(tls.iter().map(String::as_str));
-        args.extend(more);
-        let agent = Self::start(workplace, host, name, &args)?;
+        let all = on_this_host(workplace, host, name, &args, more)?;
+        let all: Vec<&str> = all.iter().map(String::as_str).collect();
+        let agent = Self::start_in(workplace, host, name, &all, manner)?;
         agent.wait_text("listening", Duration::from_secs(30))?;
         Ok(agent)
     }
@@ -129,28 +154,25 @@ impl Agent {
         to: Option<&Host>,
         more: &[&str],
     ) -> Result<Self, LabError> {
-        Self::source_held(workplace, host, name, qemu, to, more, "")
+        Self::source_in(workplace, host, name, qemu, to, more, Manner::default())
     }
 
-    /// The same, held in a phase: `PHASE:MILLISECONDS`.
-    pub fn source_held(
+    /// The same, in a manner of its own.
+    pub fn source_in(
         workplace: &Arc<Workplace>,
         host: Option<&Host>,
         name: &str,
         qemu: &Qemu,
         to: Option<&Host>,
         more: &[&str],
-        hold: &str,
+        manner: Manner<'_>,
     ) -> Result<Self, LabError> {
         let to = address(to);
-        let state = workplace.file(&format!("{name}.state")).display().to_string();
         let qmp = qemu.qmp().display().to_string();
-        let mut args = vec!["migrate", "--qmp", &qmp, "--to", &to, "--json"];
-        args.extend(["--state-dir", &state]);
-        let tls = tls(workplace, host, more)?;
-        args.extend(tls.iter().map(String::as_str));
-        args.extend(more);
-        Self::start_held(workplace, host, name, &args, hold)
+        let args = ["migrate", "--qmp", &qmp, "--to", &to, "--json"];
+        let all = on_this_host(workplace, host, name, &args, more)?;
+        let all: Vec<&str> = all.iter().map(String::as_str).collect();
+        Self::start_in(workplace, host, name, &all, manner)
     }
 
     /// The agent's own process: `ip netns exec` replaces itself by it.
@@ -166,6 +188,16 @@ impl Agent {
     /// What it has said so far on standard output.
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.out).unwrap_or_default()
+    }
+
+    /// What stands in its standard error so far, from it or from a process of its own.
+    pub fn complained(&self) -> String {
+        std::fs::read_to_string(&self.err).unwrap_or_default()
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Waits until it has said `text`.
@@ -226,6 +258,24 @@ impl Drop for Agent {
         let _it_may_have_ended: io::Result<()> = self.child.kill();
         let _reaped = self.child.wait();
     }
+}
+
+/// An agent's arguments with those for its records and its certificates, unless `more` has them.
+fn on_this_host(
+    workplace: &Workplace,
+    host: Option<&Host>,
+    name: &str,
+    args: &[&str],
+    more: &[&str],
+) -> Result<Vec<String>, LabError> {
+    let mut all: Vec<String> = args.iter().map(|&arg| arg.into()).collect();
+    if !more.contains(&"--state-dir") {
+        let state = workplace.file(&format!("{name}.state"));
+        all.extend(["--state-dir".into(), state.display().to_string()]);
+    }
+    all.extend(tls(workplace, host, more)?);
+    all.extend(more.iter().map(|&arg| arg.into()));
+    Ok(all)
 }
 
 /// Certificates for an agent on a host, unless `more` says what it does about them.

@@ -6,3 +6,4 @@ pub mod agents;
 pub mod fuzz;
 pub mod scene;
 pub mod synthetic;
+pub mod torture;

@@ -10,7 +10,7 @@ use pageferry_ctl::lab::{
     Workplace, left_behind,
 };
 
-use crate::agents::{Agent, Ended, MIGRATION_MAX};
+use crate::agents::{Agent, Ended, MIGRATION_MAX, Manner};
 
 /// A guest boots in seconds here; but not where the machine is emulated, or does other work.
 pub const BOOT_MAX: Duration = Duration::from_secs(300);
@@ -53,6 +53,25 @@ impl Scene {
         Ok(Self { guest, spec, hosts, workplace, away: false, attempts: AtomicU32::new(0) })
     }
 
+    /// Boots a new guest where the last one was; `change` says what else is different.
+    pub fn boot_again(&mut self, change: impl FnOnce(&mut QemuSpec)) -> Result<(), LabError> {
+        let mut spec = self.spec.clone();
+        spec.namespace = Some(self.here().namespace.name().into());
+        change(&mut spec);
+        self.guest.kill();
+        // What it lay in is needed again, and goes with the old guest only when there is a new one.
+        if let Some(memory) = self.guest.memory_file() {
+            let _it_is_removed_again_then = std::fs::remove_file(memory);
+        }
+        self.guest = Qemu::launch(&self.workplace, &self.next_name(), &spec)?;
+        self.guest.wait_ready(BOOT_MAX)?;
+        Ok(())
+    }
+
+    fn next_name(&self) -> String {
+        format!("guest-{}", self.attempts.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
     /// The host the guest is on.
     pub fn here(&self) -> &Host {
         if self.away { &self.hosts.target } else { &self.hosts.source }
@@ -68,8 +87,7 @@ impl Scene {
         let mut spec = self.spec.to_target();
         spec.namespace = Some(self.there().namespace.name().into());
         change(&mut spec);
-        let attempt = self.attempts.fetch_add(1, Ordering::Relaxed) + 1;
-        Qemu::launch(&self.workplace, &format!("guest-{attempt}"), &spec)
+        Qemu::launch(&self.workplace, &self.next_name(), &spec)
     }
 
     /// Starts both agents; the target agent listens when this returns.
@@ -84,20 +102,8 @@ impl Scene {
         more: &[&str],
         hold: &str,
     ) -> Result<(Agent, Agent), LabError> {
-        let (from, to) = (self.here(), self.there());
-        let attempt = self.attempts.load(Ordering::Relaxed);
-        let name = |role: &str| format!("{role}-{attempt}");
-        let target = Agent::target(&self.workplace, Some(to), &name("target"), waiting, &[])?;
-        let source = Agent::source_held(
-            &self.workplace,
-            Some(from),
-            &name("source"),
-            &self.guest,
-            Some(to),
-            more,
-            hold,
-        )?;
-        Ok((source, target))
+        let source = (more, Manner { hold, ..Manner::default() });
+        self.agents_in(waiting, source, (&[], Manner::default()))
     }
 
     /// Both agents, with a target that waits so many seconds for a source that is cut off.
@@ -117,19 +123,24 @@ impl Scene {
         more: &[&str],
         told: &[&str],
     ) -> Result<(Agent, Agent), LabError> {
-        let (from, to) = (self.here(), self.there());
+        self.agents_in(waiting, (more, Manner::default()), (told, Manner::default()))
+    }
+
+    /// Both agents, each with arguments and a manner of its own.
+    pub fn agents_in(
+        &self,
+        waiting: &Qemu,
+        source: (&[&str], Manner<'_>),
+        target: (&[&str], Manner<'_>),
+    ) -> Result<(Agent, Agent), LabError> {
+        let (from, to) = (Some(self.here()), Some(self.there()));
         let attempt = self.attempts.load(Ordering::Relaxed);
         let name = |role: &str| format!("{role}-{attempt}");
-        let target = Agent::target(&self.workplace, Some(to), &name("target"), waiting, told)?;
-        let source = Agent::source(
-            &self.workplace,
-            Some(from),
-            &name("source"),
-            &self.guest,
-            Some(to),
-            more,
-        )?;
-        Ok((source, target))
+        let place = &self.workplace;
+        let there = Agent::target_in(place, to, &name("target"), waiting, target.0, target.1)?;
+        let here =
+            Agent::source_in(place, from, &name("source"), &self.guest, to, source.0, source.1)?;
+        Ok((here, there))
     }
 
     /// Moves the guest to the other host; what both agents left. On success the guest is there.

@@ -14,7 +14,7 @@ use pageferry_ctl::lab::{
 };
 use pageferry_ctl::qemu::runstate::RunState;
 use pageferry_ctl::qmp::Qmp;
-use pageferry_tests::agents::{Agent, Ended, MIGRATION_MAX};
+use pageferry_tests::agents::{Agent, Ended, MIGRATION_MAX, Manner};
 use pageferry_tests::scene::{BOOT_MAX, SOON};
 use serde_json::Value;
 
@@ -89,7 +89,8 @@ impl Fleet {
         let mut all = vec!["drain", "--tls-dir", &tls, "--state-dir", &state];
         all.extend(["--runtime-dir", &run, "--target-qmp", &pattern]);
         all.extend(args);
-        Agent::start_held(&self.workplace, Some(host), name, &all, hold)
+        let manner = Manner { hold, ..Manner::default() };
+        Agent::start_in(&self.workplace, Some(host), name, &all, manner)
     }
 
     fn drained(&self, name: &str, args: &[&str]) -> Result<Ended, LabError> {

@@ -17,7 +17,7 @@ use pageferry_ctl::pki::authority::{self, Validity};
 use pageferry_datapath::control::{Hello, Message};
 use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, REPLY_BYTES, Refusal, Reply};
 use pageferry_datapath::ids::SessionId;
-use pageferry_tests::agents::{Agent, Ended, PORT};
+use pageferry_tests::agents::{Agent, Ended, Manner, PORT};
 use pageferry_tests::scene::{SOON, Scene};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -212,14 +212,14 @@ fn a_target_writes_only_what_it_was_allowed_to_and_a_guest_is_claimed_once() -> 
     let args = [&fixed[..], &["--allow", &qmp, "--once", "--json", "--sessions-max", "1"]].concat();
     let target = Agent::start(&workplace, Some(there), "allowed", &args)?;
     target.wait_text("listening", SOON)?;
-    let first = Agent::source_held(
+    let first = Agent::source_in(
         &workplace,
         Some(here),
         "first",
         &scene.guest,
         Some(there),
         &["--target-qmp", &named],
-        "scanning:4000",
+        Manner { hold: "scanning:4000", ..Manner::default() },
     )?;
     first.wait_error("held in scanning", SOON)?;
     for (pid, of) in [(first.pid(), Role::Source), (target.pid(), Role::Target)] {
