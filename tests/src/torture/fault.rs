@@ -102,10 +102,10 @@ impl Fault {
             | Self::KillSourceAgentAndGuard
             | Self::KillTargetAgent
             | Self::KillBothAgents
-            | Self::KillSourceQemu
-            | Self::KillTargetQemu
             | Self::LinkDownForGood => true,
-            Self::LinkDownShort
+            Self::KillSourceQemu
+            | Self::KillTargetQemu
+            | Self::LinkDownShort
             | Self::ResetLane
             | Self::ResetControl
             | Self::StopSourceAgent
