@@ -62,6 +62,12 @@ pub const DIGEST_PIECE_BYTES: usize = 64 << 10;
 /// than seen (28 ms on busy cores), and no longer than a guest may stand still.
 pub const INJECT_WAIT_MAX: Duration = Duration::from_secs(2);
 
+/// How often a thread that is not polling is let go on and stopped again.
+pub const INJECT_TRIES: u32 = 40;
+
+/// Between two such tries: longer than what a main loop does between two polls.
+pub const INJECT_AGAIN_PAUSE: Duration = Duration::from_millis(1);
+
 /// How long that is waited for without sleeping: it takes some ten microseconds.
 pub const INJECT_SPIN_MAX: Duration = Duration::from_millis(1);
 

@@ -37,6 +37,7 @@ fn main() {
         a_process_traced_by_another_is_refused_by_name,
         a_process_that_exits_meanwhile_is_gone_and_its_parent_reaps_it,
         injections_under_signals_lose_none,
+        a_polling_thread_outlives_any_number_of_killed_attachers,
     ];
     libtest_mimic::run(&libtest_mimic::Arguments::from_args(), trials).exit();
 }
@@ -44,7 +45,17 @@ fn main() {
 /// What this program does when it is started again: its main thread sits in `call`, and then says
 /// how that went.
 fn helper(call: &str) {
+    if let Some(pid) = call.strip_prefix("attach ") {
+        let process = Process::open(pid.parse().unwrap()).unwrap();
+        println!("\nhelper ready");
+        loop {
+            take_userfaultfd(&process).unwrap();
+        }
+    }
     println!("\nhelper ready");
+    if call == "main loop" {
+        return main_loop();
+    }
     let started = Instant::now();
     let outcome = match call {
         "ppoll" => {
@@ -93,6 +104,21 @@ fn helper(call: &str) {
     println!("\noutcome {outcome} after {}", started.elapsed().as_millis());
     let mut rest = String::new();
     let _ = std::io::stdin().read_to_string(&mut rest);
+}
+
+/// Polls over and over, as a monitor's main thread does, until its input ends.
+fn main_loop() {
+    let stdin = std::io::stdin();
+    loop {
+        let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+        match ppoll(&mut fds, Some(TimeSpec::from(Duration::from_millis(20))), None) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+            // Others may be said to be ready that are not.
+            Ok(_) if fds[0].revents() == Some(PollFlags::empty()) => {}
+            Ok(_) => break,
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
 
 /// A helper process, killed and reaped when dropped.
@@ -269,4 +295,21 @@ fn injections_under_signals_lose_none() {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGURG).unwrap();
     }
     assert!(helper.line("outcome").starts_with("Ok"));
+}
+
+fn a_polling_thread_outlives_any_number_of_killed_attachers() {
+    let mut helper = Helper::start("main loop");
+    let pid = helper.child.id();
+    for round in 0..60 {
+        let mut attacher = Helper::start(&format!("attach {pid}"));
+        // At any time of an attachment, which takes some hundred microseconds.
+        std::thread::sleep(Duration::from_micros(round * 37 % 1000));
+        attacher.child.kill().unwrap();
+        attacher.child.wait().unwrap();
+        assert!(helper.child.try_wait().unwrap().is_none(), "gone after {round} kills");
+    }
+    assert_eq!(helper.process().tracer().unwrap(), 0);
+    take_userfaultfd(&helper.process()).unwrap();
+    drop(helper.stdin.take());
+    assert!(helper.child.wait().unwrap().success());
 }

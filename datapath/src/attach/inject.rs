@@ -1,23 +1,28 @@
 //! System calls made by another process's own thread, from outside.
 //!
 //! ```text
-//!   SEIZE ▶ INTERRUPT ▶ stopped ▶ save registers and mask ▶ block signals
-//!             for each call: rip = a `syscall` instruction, orig_rax = -1 ▶ SINGLESTEP ▶ rax
+//!   SEIZE ▶ INTERRUPT ▶ stopped in ppoll ▶ save registers and mask ▶ block signals
+//!             for each call: rip = ppoll's own `syscall` instruction, orig_rax = -1 ▶ SYSCALL, twice ▶ rax
 //!           ◀ DETACH ◀ restore mask ◀ restore registers, orig_rax with them
 //! ```
 //!
 //! * `orig_rax = -1` keeps the kernel from restarting the interrupted call when it runs ours;
 //!   putting the old one back makes it restart that call when it resumes. (`epoll_wait` and
 //!   `sigtimedwait` are not restartable: they return `EINTR`, as after any handled signal.)
-//! * Signals are blocked so that no handler runs on our registers; `SIGTRAP` is not, because a
-//!   forced signal that is blocked kills. A stopping signal can't be blocked; it is sent again.
+//! * Signals are blocked so that no handler runs on our registers. A stopping signal can't be
+//!   blocked; it is sent again.
 //! * The whole session runs on a thread of its own that then ends: whatever goes wrong, the kernel
 //!   detaches what an exiting tracer leaves behind.
 //!
-//! If this process is killed between the first and the last change of registers, a window of some
-//! ten microseconds, the other one goes on with the wrong ones and crashes. Nothing else here can
-//! hurt it.
+//! This process may be killed between the first and the last change of registers; on a busy machine
+//! that is a window of milliseconds. The thread then goes on with ours. So they are changed where that
+//! does no harm: in `ppoll` or `poll`, whose place our call takes, as if it had returned what ours
+//! does: some descriptors are said to be ready that are not, as they may be after any `poll`; and
+//! the signals stay blocked that a main thread does without. A thread that is elsewhere is let go on
+//! and tried again. Only one that never polls is used where it is, with any `syscall` instruction:
+//! it would crash. A monitor's main thread polls.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -36,10 +41,9 @@ const USER_CS: u64 = 0x33;
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 pub(super) fn take_userfaultfd(process: &Process) -> Result<TakenUffd, AttachError> {
-    let syscall_at = find_syscall(process)?;
     std::thread::scope(|scope| {
         let session = || {
-            let ((fd, privilege), stopped) = with_stopped(process, syscall_at, create_and_take)?;
+            let ((fd, privilege), stopped) = with_stopped(process, create_and_take)?;
             Ok(TakenUffd { fd, privilege, stopped })
         };
         let thread = std::thread::Builder::new().name("inject".into()).spawn_scoped(scope, session);
@@ -96,7 +100,6 @@ fn find_syscall(process: &Process) -> Result<u64, AttachError> {
 /// and lets it go on. The body's result, and for how long the thread was stopped at most.
 fn with_stopped<T>(
     process: &Process,
-    syscall_at: u64,
     body: impl FnOnce(&mut StoppedThread<'_>) -> Result<T, AttachError>,
 ) -> Result<(T, Duration), AttachError> {
     let tid = process.pid();
@@ -109,14 +112,35 @@ fn with_stopped<T>(
             false => process.host("PTRACE_SEIZE", error),
         });
     }
-    let started = Instant::now();
-    let mut thread = StoppedThread::stop(process, syscall_at)?;
+    let (mut thread, started) = stop_while_polling(process)?;
     let result = body(&mut thread);
     let restored = thread.restore();
     let stopped = started.elapsed();
     // That it was not restored is worse than anything else.
     restored?;
     Ok((result?, stopped))
+}
+
+/// Stops a seized thread where it polls, with some tries; else wherever it is. Since when it stands
+/// still.
+fn stop_while_polling(process: &Process) -> Result<(StoppedThread<'_>, Instant), AttachError> {
+    let memory = process.memory()?;
+    for _ in 0..limits::INJECT_TRIES {
+        let started = Instant::now();
+        let mut thread = StoppedThread::stop(process)?;
+        if let Some(at) = thread.polls_at(&memory) {
+            thread.syscall_at = at;
+            return Ok((thread, started));
+        }
+        thread.let_go_on()?;
+        std::thread::sleep(limits::INJECT_AGAIN_PAUSE);
+    }
+    tracing::debug!(pid = process.pid(), "the main thread does not poll");
+    let anywhere = find_syscall(process)?;
+    let started = Instant::now();
+    let mut thread = StoppedThread::stop(process)?;
+    thread.syscall_at = anywhere;
+    Ok((thread, started))
 }
 
 /// A thread of another process, stopped, with its registers and signal mask saved. Dropping it
@@ -133,7 +157,7 @@ struct StoppedThread<'a> {
 
 impl<'a> StoppedThread<'a> {
     /// Stops a seized thread. On failure it is let go, here or at this thread's end.
-    fn stop(process: &'a Process, syscall_at: u64) -> Result<Self, AttachError> {
+    fn stop(process: &'a Process) -> Result<Self, AttachError> {
         let (pid, tid) = (process.pid(), process.pid());
         let deadline = Instant::now() + limits::INJECT_WAIT_MAX;
         sys::interrupt(tid).map_err(|error| process.host("PTRACE_INTERRUPT", error))?;
@@ -156,9 +180,10 @@ impl<'a> StoppedThread<'a> {
         let refused = match save() {
             Ok((registers, mask)) if registers.cs == USER_CS => {
                 let signals = Vec::new();
+                let syscall_at = 0;
                 let mut thread =
                     Self { process, syscall_at, registers, mask, signals, restored: false };
-                return match sys::set_signal_mask(tid, !signal_bit(libc::SIGTRAP)) {
+                return match sys::set_signal_mask(tid, SignalMask::MAX) {
                     Ok(()) => Ok(thread),
                     Err(error) => {
                         thread.restore()?;
@@ -189,25 +214,47 @@ impl<'a> StoppedThread<'a> {
         sys::set_registers(tid, &registers)
             .map_err(|error| process.host("PTRACE_SETREGS", error))?;
         let deadline = Instant::now() + limits::INJECT_WAIT_MAX;
+        let mut begun = false;
         loop {
-            sys::step(tid).map_err(|error| process.host("PTRACE_SINGLESTEP", error))?;
+            sys::run_to_system_call(tid).map_err(|error| process.host("PTRACE_SYSCALL", error))?;
             match wait(process, deadline)? {
-                Waited::Signal(signal) if signal != libc::SIGTRAP => self.signals.push(signal),
+                Waited::SystemCall if begun => break,
+                Waited::SystemCall => begun = true,
+                // Only a stopping signal can come now.
+                Waited::Signal(signal) => self.signals.push(signal),
                 _ => {}
             }
-            let now = sys::registers(tid).map_err(|error| process.host("PTRACE_GETREGS", error))?;
-            if now.rip == self.syscall_at + SYSCALL.len() as u64 {
-                return returned(now.rax).map_err(|source| AttachError::Injected {
-                    pid: process.pid(),
-                    call,
-                    source,
-                });
-            }
-            // Stopped for something else before the instruction ran: again, but not for ever.
-            if now.rip != self.syscall_at || Instant::now() > deadline {
+            if Instant::now() > deadline {
                 return Err(AttachError::NoReturn { pid: process.pid() });
             }
         }
+        let now = sys::registers(tid).map_err(|error| process.host("PTRACE_GETREGS", error))?;
+        if now.rip != self.syscall_at + SYSCALL.len() as u64 {
+            return Err(AttachError::NoReturn { pid: process.pid() });
+        }
+        returned(now.rax).map_err(|source| AttachError::Injected {
+            pid: process.pid(),
+            call,
+            source,
+        })
+    }
+
+    /// Where its `syscall` instruction is, if it is in the midst of a poll.
+    fn polls_at(&self, memory: &File) -> Option<u64> {
+        let polls = [libc::SYS_ppoll, libc::SYS_poll].map(|number| number as u64);
+        let at = self.registers.rip.checked_sub(SYSCALL.len() as u64)?;
+        let mut code = [0; SYSCALL.len()];
+        memory.read_exact_at(&mut code, at).ok()?;
+        (polls.contains(&self.registers.orig_rax) && code == SYSCALL).then_some(at)
+    }
+
+    /// Lets it go on, to be stopped again.
+    fn let_go_on(mut self) -> Result<(), AttachError> {
+        self.restored = true;
+        let (process, tid) = (self.process, self.process.pid());
+        let mask = sys::set_signal_mask(tid, self.mask);
+        let resumed = sys::resume(tid, 0);
+        mask.and(resumed).map_err(|error| process.host("PTRACE_CONT", error))
     }
 
     fn restore(&mut self) -> Result<(), AttachError> {
@@ -268,10 +315,6 @@ fn wait(process: &Process, deadline: Instant) -> Result<Waited, AttachError> {
             std::thread::sleep(Duration::from_micros(50));
         }
     }
-}
-
-fn signal_bit(signal: libc::c_int) -> SignalMask {
-    1 << (signal - 1)
 }
 
 /// A system call's result as the kernel leaves it in a register.

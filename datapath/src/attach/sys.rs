@@ -26,6 +26,8 @@ pub(super) enum Waited {
     Running,
     /// Stopped for a signal that is about to be delivered.
     Signal(c_int),
+    /// Stopped before or after a system call that it was let run to.
+    SystemCall,
     /// Stopped because of `PTRACE_INTERRUPT`.
     Interrupted,
     /// Stopped together with its whole process by a stopping signal.
@@ -33,6 +35,9 @@ pub(super) enum Waited {
     /// Exited or killed. Not reaped: its parent may want to know.
     Gone,
 }
+
+/// How a stop at a system call is told from a trap.
+const SYSTEM_CALL_STOP: c_int = libc::SIGTRAP | 0x80;
 
 /// A handle on a process that can't come to mean another one.
 pub(super) fn pidfd_open(pid: pid_t) -> io::Result<OwnedFd> {
@@ -46,10 +51,11 @@ pub(super) fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: RawFd) -> io::Result<OwnedF
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0 as c_uint) })
 }
 
-/// Begins tracing a thread without stopping it; no option is set, above all not the one that
-/// would kill it when this process exits.
+/// Begins tracing a thread without stopping it. Its stops at system calls can be told from traps: one
+/// that nobody saw before this process was killed is no signal to it. The option that would kill it
+/// when this process exits is not set.
 pub(super) fn seize(tid: pid_t) -> io::Result<()> {
-    ptrace(libc::PTRACE_SEIZE, tid, 0, ptr::null_mut())
+    ptrace(libc::PTRACE_SEIZE, tid, 0, libc::PTRACE_O_TRACESYSGOOD as usize as *mut c_void)
 }
 
 /// Asks a traced thread to stop.
@@ -62,9 +68,9 @@ pub(super) fn resume(tid: pid_t, signal: c_int) -> io::Result<()> {
     ptrace(libc::PTRACE_CONT, tid, 0, signal as usize as *mut c_void)
 }
 
-/// Lets a stopped thread run for one instruction, delivering no signal.
-pub(super) fn step(tid: pid_t) -> io::Result<()> {
-    ptrace(libc::PTRACE_SINGLESTEP, tid, 0, ptr::null_mut())
+/// Lets a stopped thread run to the next beginning or end of a system call, delivering no signal.
+pub(super) fn run_to_system_call(tid: pid_t) -> io::Result<()> {
+    ptrace(libc::PTRACE_SYSCALL, tid, 0, ptr::null_mut())
 }
 
 /// Ends tracing of a stopped thread, which runs on.
@@ -123,6 +129,7 @@ pub(super) fn look(tid: pid_t) -> io::Result<Waited> {
     Ok(match (status >> 8, status & 0xff) {
         (libc::PTRACE_EVENT_STOP, libc::SIGTRAP) => Waited::Interrupted,
         (libc::PTRACE_EVENT_STOP, _) => Waited::GroupStop,
+        (_, SYSTEM_CALL_STOP) => Waited::SystemCall,
         (_, signal) => Waited::Signal(signal),
     })
 }
