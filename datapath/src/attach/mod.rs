@@ -187,7 +187,7 @@ pub struct TakenUffd {
 }
 
 /// Creates a userfaultfd inside `process` and takes it out: afterwards it is open here only. One
-/// thread of the process is stopped meanwhile, for some ten microseconds.
+/// thread of the process is stopped meanwhile; the result says for how long.
 pub fn take_userfaultfd(process: &Process) -> Result<TakenUffd, AttachError> {
     #[cfg(target_arch = "x86_64")]
     return inject::take_userfaultfd(process);
