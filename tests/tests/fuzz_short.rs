@@ -73,6 +73,11 @@ fn target() {
 }
 
 #[test]
+fn admin() {
+    run("admin");
+}
+
+#[test]
 fn every_target_is_run_here_and_has_its_libfuzzer_binary() {
     let here = include_str!("fuzz_short.rs");
     let manifest = include_str!("../../fuzz/Cargo.toml");

@@ -39,6 +39,7 @@ pub enum Request {
 
 /// What can be changed while an agent runs.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Settings {
     /// What all lanes together may send; `none` lifts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -209,13 +210,18 @@ pub fn ask(dir: &Path, prefix: &str, request: &Request) -> Result<Value, AdminEr
         path,
         source,
     })?;
-    match serde_json::from_str(&answer).map_err(|_| AdminError::Answer)? {
+    understood(&answer)
+}
+
+/// What an agent's line says.
+pub fn understood(line: &[u8]) -> Result<Value, AdminError> {
+    match serde_json::from_slice(line).map_err(|_| AdminError::Answer)? {
         Answer::Ok(value) => Ok(value),
         Answer::Error(text) => Err(AdminError::Refused(text)),
     }
 }
 
-fn exchange(path: &Path, request: &Request) -> io::Result<String> {
+fn exchange(path: &Path, request: &Request) -> io::Result<Vec<u8>> {
     let stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(limits::ADMIN_WAIT * 2))?;
     stream.set_write_timeout(Some(limits::ADMIN_WAIT))?;
@@ -228,35 +234,49 @@ fn serve(listener: &UnixListener, stop: &AtomicBool, answer: &dyn Fn(Request) ->
         if stop.load(Ordering::SeqCst) {
             return;
         }
-        let served = stream.and_then(|stream| {
-            stream.set_read_timeout(Some(limits::ADMIN_WAIT))?;
-            stream.set_write_timeout(Some(limits::ADMIN_WAIT))?;
-            let line = read_line(&stream)?;
-            if line.is_empty() {
-                return Ok(());
-            }
-            let answer = match serde_json::from_str(&line) {
-                Ok(request) => answer(request),
-                Err(error) => Answer::Error(error.to_string()),
-            };
-            write_line(&stream, &answer)
-        });
-        if let Err(error) = served {
+        if let Err(error) = stream.and_then(|stream| serve_one(&stream, answer)) {
             tracing::debug!(%error, "someone who asked this agent");
         }
     }
 }
 
-fn read_line(stream: &UnixStream) -> io::Result<String> {
-    let mut line = String::new();
-    BufReader::new(stream.take(limits::ADMIN_LINE_BYTES_MAX)).read_line(&mut line)?;
+fn serve_one(stream: &UnixStream, answer: &dyn Fn(Request) -> Answer) -> io::Result<()> {
+    stream.set_read_timeout(Some(limits::ADMIN_WAIT))?;
+    stream.set_write_timeout(Some(limits::ADMIN_WAIT))?;
+    hear_and_answer(stream, stream, answer)
+}
+
+/// Serves one caller: whatever he says is answered, and nothing is where he says nothing.
+///
+/// # Errors
+/// Those of reading and writing.
+pub fn hear_and_answer(
+    said: impl Read,
+    heard: impl Write,
+    answer: &dyn Fn(Request) -> Answer,
+) -> io::Result<()> {
+    let line = read_line(said)?;
+    if line.is_empty() {
+        return Ok(());
+    }
+    let answer = match serde_json::from_slice(&line) {
+        Ok(request) => answer(request),
+        Err(error) => Answer::Error(error.to_string()),
+    };
+    write_line(heard, &answer)
+}
+
+/// Any bytes: that they are text is for JSON to say, so that who sends others is told too.
+fn read_line(said: impl Read) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    BufReader::new(said.take(limits::ADMIN_LINE_BYTES_MAX)).read_until(b'\n', &mut line)?;
     Ok(line)
 }
 
-fn write_line(mut stream: &UnixStream, value: &impl Serialize) -> io::Result<()> {
+fn write_line(mut heard: impl Write, value: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
-    stream.write_all(&line)
+    heard.write_all(&line)
 }
 
 fn socket(dir: &Path, session: &str) -> PathBuf {
@@ -335,19 +355,29 @@ mod tests {
         let (_keep, dir) = private();
         let _admin = Admin::start(&dir, "aa01", |_| Answer::Ok(Value::Null)).unwrap();
         for (line, word) in [
-            ("hello\n", "expected value"),
-            (r#"{"verb":"explode"}"#, "unknown variant"),
-            (r#"{"verb":"set","max_bandwidth":"fast"}"#, "a bandwidth looks like"),
+            (&b"hello\n"[..], "expected value"),
+            (br#"{"verb":"explode"}"#, "unknown variant"),
+            (br#"{"verb":"set","max_bandwidth":"fast"}"#, "a bandwidth looks like"),
+            (br#"{"verb":"set","max_bandwith":"1G"}"#, "unknown field"),
+            (b"\"\xff\"", "unicode"),
         ] {
             let mut stream = UnixStream::connect(dir.join("aa01.sock")).unwrap();
-            stream.write_all(line.as_bytes()).unwrap();
+            stream.write_all(line).unwrap();
             stream.shutdown(std::net::Shutdown::Write).unwrap();
-            let answer = read_line(&stream).unwrap();
-            assert!(answer.contains("error") && answer.contains(word), "{line}: {answer}");
+            let answer = String::from_utf8(read_line(&stream).unwrap()).unwrap();
+            assert!(answer.contains("error") && answer.contains(word), "{word}: {answer}");
         }
         // Somebody who connects and says nothing, and then somebody who does.
         let _silent = UnixStream::connect(dir.join("aa01.sock")).unwrap();
         assert!(ask(&dir, "aa01", &Request::Status).is_ok());
+    }
+
+    #[test]
+    fn a_line_without_an_end_is_answered_all_the_same() {
+        let mut answer = Vec::new();
+        let nobody_is_asked = |_| unreachable!("it is no request");
+        hear_and_answer(io::repeat(b' '), &mut answer, &nobody_is_asked).unwrap();
+        assert!(matches!(understood(&answer), Err(AdminError::Refused(_))));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! Each function takes any bytes and returns, or panics because a rule was broken. It has no state
 //! and reads no clock but where a deadline needs one, so that the same bytes do the same again.
 
+mod admin;
 mod bitmap;
 mod control;
 mod events;
@@ -40,6 +41,7 @@ pub const TARGETS: &[FuzzTarget] = &[
     FuzzTarget { name: "rdma", run: rdma::run, bytes_max: 4200 },
     FuzzTarget { name: "source", run: source::run, bytes_max: 512 },
     FuzzTarget { name: "target", run: target::run, bytes_max: 512 },
+    FuzzTarget { name: "admin", run: admin::run, bytes_max: 512 },
 ];
 
 /// The one with this name.

@@ -110,12 +110,16 @@ impl Overseen {
             hold(&self.pacer, share.bandwidth());
         }
         if self.admin.is_none() {
-            let (status, pacer) = (Arc::clone(&self.status), Arc::clone(&self.pacer));
-            let share = Arc::clone(&self.share);
-            let answer = move |request| answer(request, &status, &pacer, &share);
-            let admin = Admin::start(dir, &watch.session.to_string(), answer);
+            let admin = Admin::start(dir, &watch.session.to_string(), self.answers());
             self.admin = Some(admin.map_err(|error| warn(&error)).ok());
         }
+    }
+
+    /// Answers whoever asks, on any thread.
+    pub fn answers(&self) -> impl Fn(Request) -> Answer + Send + use<> {
+        let (status, pacer) = (Arc::clone(&self.status), Arc::clone(&self.pacer));
+        let share = Arc::clone(&self.share);
+        move |request| answer(request, &status, &pacer, &share)
     }
 }
 
