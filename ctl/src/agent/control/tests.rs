@@ -4,7 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::{Receiver, unbounded};
-use pageferry_datapath::control::{Abort, AbortReason, Welcome};
+use pageferry_datapath::control::{Abort, AbortReason, Rejoin, Welcome};
 use pageferry_datapath::ids::RoundIndex;
 
 use super::*;
