@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use pageferry_ctl::lab::{
     GUEST_ADDRESS, GUEST_PREFIX, GuestAssets, Host, LabError, Qemu, QemuSpec, TAP, Tick, TwoHosts,
-    Workplace, left_behind,
+    Workplace, is_root, left_behind, one_at_a_time, skip,
 };
 
 use crate::agents::{Agent, Ended, MIGRATION_MAX, Manner};
@@ -41,6 +41,18 @@ impl Scene {
         spec.params.hot_mib = 16;
         spec.params.pages_per_second = 5000;
         Ok(spec.with_network(TAP, GUEST_ADDRESS, GUEST_PREFIX))
+    }
+
+    /// The usual guest, and the machine to itself for as long as the first of both is held. Nothing,
+    /// and `name` is skipped, for who may not make namespaces.
+    pub fn alone(name: &str) -> Result<Option<(impl Sized, Self)>, LabError> {
+        if !is_root() {
+            skip(name, "needs root for namespaces");
+            return Ok(None);
+        }
+        let alone = one_at_a_time();
+        let scene = Self::boot(&Workplace::new()?, Self::spec()?)?;
+        Ok(Some((alone, scene)))
     }
 
     /// Boots a guest of `spec` on the first host.

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use nix::sys::signal::Signal;
 use pageferry_ctl::agent::link::Link;
 use pageferry_ctl::agent::record::Role;
 use pageferry_ctl::agent::tls::Caller;
-use pageferry_ctl::lab::{Workplace, certificates, is_root, one_at_a_time, program, skip};
+use pageferry_ctl::lab::{certificates, program, skip};
 use pageferry_ctl::pki::authority::{self, Validity};
 use pageferry_datapath::control::{Hello, Message};
 use pageferry_datapath::framing::hello::{Greeting, HELLO_BYTES, REPLY_BYTES, Refusal, Reply};
@@ -28,13 +29,7 @@ const REFUSED: i32 = 3;
 #[test]
 fn a_guest_moves_under_tls_and_the_report_says_to_whom() -> Outcome {
     let name = "a_guest_moves_under_tls_and_the_report_says_to_whom";
-    if !is_root() {
-        skip(name, "needs root for namespaces");
-        return Ok(());
-    }
-    let _alone = one_at_a_time();
-    let workplace = Workplace::new()?;
-    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let Some((_alone, mut scene)) = Scene::alone(name)? else { return Ok(()) };
     let there = scene.there().address.to_string();
     let (source, target) = scene.migrate(&["--verify"])?;
     assert_eq!((source.code, target.code), (DONE, DONE), "{} {}", source.stderr, target.stderr);
@@ -50,13 +45,8 @@ fn a_guest_moves_under_tls_and_the_report_says_to_whom() -> Outcome {
 #[test]
 fn wrong_certificates_are_refused_before_the_guest_is_touched() -> Outcome {
     let name = "wrong_certificates_are_refused_before_the_guest_is_touched";
-    if !is_root() {
-        skip(name, "needs root for namespaces");
-        return Ok(());
-    }
-    let _alone = one_at_a_time();
-    let workplace = Workplace::new()?;
-    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let Some((_alone, mut scene)) = Scene::alone(name)? else { return Ok(()) };
+    let workplace = Arc::clone(&scene.workplace);
     let there = scene.there().address.to_string();
     let own = certificates(&workplace, &scene.here().address.to_string())?.display().to_string();
 
@@ -98,13 +88,8 @@ fn wrong_certificates_are_refused_before_the_guest_is_touched() -> Outcome {
 #[test]
 fn insecure_is_said_on_both_sides_and_in_the_report() -> Outcome {
     let name = "insecure_is_said_on_both_sides_and_in_the_report";
-    if !is_root() {
-        skip(name, "needs root for namespaces");
-        return Ok(());
-    }
-    let _alone = one_at_a_time();
-    let workplace = Workplace::new()?;
-    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let Some((_alone, mut scene)) = Scene::alone(name)? else { return Ok(()) };
+    let workplace = Arc::clone(&scene.workplace);
     let waiting = scene.waiting(|_| {})?;
     let (here, there) = (scene.here(), scene.there());
     let target = Agent::target(&workplace, Some(there), "open", &waiting, &["--insecure"])?;
@@ -127,13 +112,8 @@ fn insecure_is_said_on_both_sides_and_in_the_report() -> Outcome {
 #[test]
 fn encrypted_lanes_move_a_guest_and_their_cost_is_told() -> Outcome {
     let name = "encrypted_lanes_move_a_guest_and_their_cost_is_told";
-    if !is_root() {
-        skip(name, "needs root for namespaces");
-        return Ok(());
-    }
-    let _alone = one_at_a_time();
-    let workplace = Workplace::new()?;
-    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let Some((_alone, mut scene)) = Scene::alone(name)? else { return Ok(()) };
+    let workplace = Arc::clone(&scene.workplace);
     let (source, target) = scene.migrate(&["--encrypt", "--verify"])?;
     assert_eq!((source.code, target.code), (DONE, DONE), "{} {}", source.stderr, target.stderr);
     let security = &source.summary()["security"];
@@ -169,13 +149,8 @@ fn encrypted_lanes_move_a_guest_and_their_cost_is_told() -> Outcome {
 #[test]
 fn a_target_writes_only_what_it_was_allowed_to_and_a_guest_is_claimed_once() -> Outcome {
     let name = "a_target_writes_only_what_it_was_allowed_to_and_a_guest_is_claimed_once";
-    if !is_root() {
-        skip(name, "needs root for namespaces");
-        return Ok(());
-    }
-    let _alone = one_at_a_time();
-    let workplace = Workplace::new()?;
-    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let Some((_alone, mut scene)) = Scene::alone(name)? else { return Ok(()) };
+    let workplace = Arc::clone(&scene.workplace);
     let (here, there) = (scene.here(), scene.there());
     let waiting = scene.waiting(|_| {})?;
     let named = waiting.qmp().canonicalize()?.display().to_string();
@@ -311,13 +286,12 @@ fn a_target_with_the_unit_s_capabilities_takes_in_a_guest() -> Outcome {
         .map(|cap| format!("+{}", cap.trim_start_matches("CAP_").to_lowercase()))
         .collect();
     assert!(!bounds.is_empty(), "the unit bounds them");
-    if !is_root() || Command::new("setpriv").arg("--version").output().is_err() {
-        skip(name, "needs root for namespaces, and setpriv");
+    if Command::new("setpriv").arg("--version").output().is_err() {
+        skip(name, "there is no setpriv");
         return Ok(());
     }
-    let _alone = one_at_a_time();
-    let workplace = Workplace::new()?;
-    let mut scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let Some((_alone, mut scene)) = Scene::alone(name)? else { return Ok(()) };
+    let workplace = Arc::clone(&scene.workplace);
     let waiting = scene.waiting(|_| {})?;
     let (here, there) = (scene.here(), scene.there());
     let dir = certificates(&workplace, &there.address.to_string())?;
@@ -365,13 +339,8 @@ fn the_unit_is_sound() -> Outcome {
 #[test]
 fn a_ticket_seen_on_the_wire_opens_nothing() -> Outcome {
     let name = "a_ticket_seen_on_the_wire_opens_nothing";
-    if !is_root() {
-        skip(name, "needs root for namespaces");
-        return Ok(());
-    }
-    let _alone = one_at_a_time();
-    let workplace = Workplace::new()?;
-    let scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let Some((_alone, scene)) = Scene::alone(name)? else { return Ok(()) };
+    let workplace = Arc::clone(&scene.workplace);
     let waiting = scene.waiting(|_| {})?;
     let (here, there) = (scene.here(), scene.there());
     let target = Agent::target(&workplace, Some(there), "target", &waiting, &[])?;
