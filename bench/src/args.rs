@@ -38,6 +38,11 @@ pub(crate) enum Command {
     /// 1, 10 and 20 guests of 512 MiB, drained over links of 1 and 10 Gbit/s, one at a time and
     /// several: total, brownout, blackout, share of the link used.
     DrainTable(crate::drain_table::DrainTableArgs),
+    /// Guests of four sizes, idle and loaded, over links of 1 and 10 Gbit/s: total, brown-out, pause,
+    /// share of the link used; the largest one also by QEMU's multifd, without and with zstd.
+    LinkTable(crate::link_table::LinkTableArgs),
+    /// One guest over TCP, compressed, over two rails and, in the virtual machine, over RDMA.
+    Ways(crate::ways::WaysArgs),
     /// Our RDMA WRITEs beside perftest's ib_write_bw and ib_write_lat, in turns. Runs where there
     /// is an RDMA device; `rdma-vm` gives one.
     RdmaVsPerftest(RdmaVsPerftestArgs),

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::contender::{Contender, Metric, Record};
+use crate::results::Results;
 use crate::rig::Mover;
 use crate::table::{Table, cell};
 
@@ -52,28 +53,109 @@ impl Ratio {
             Goal::AtMost(most) => self.ratio? <= most,
         })
     }
+
+    /// The bound lies in the interval: other turns might have said the contrary.
+    pub(crate) fn is_undecided(&self) -> bool {
+        let bound = match self.goal {
+            None => return false,
+            Some(Goal::AtLeast(bound) | Goal::AtMost(bound)) => bound,
+        };
+        self.interval.is_some_and(|(low, high)| (low..=high).contains(&bound))
+    }
+
+    /// What it is about, without the setting.
+    fn kind(&self) -> &str {
+        self.what.rsplit_once(": ").map_or(&self.what, |(_, kind)| kind)
+    }
+
+    /// For people.
+    pub(crate) fn interval_text(&self) -> String {
+        self.interval.map_or_else(String::new, |(low, high)| format!("{low:.3}-{high:.3}"))
+    }
+}
+
+impl Goal {
+    /// For people.
+    pub(crate) fn text(self) -> String {
+        match self {
+            Self::AtLeast(least) => format!(">= {least}"),
+            Self::AtMost(most) => format!("<= {most}"),
+        }
+    }
 }
 
 /// For people.
 pub(crate) fn text(ratios: &[Ratio]) -> String {
     let mut table = Table::new(&["ratio", "ours/theirs", "95 %", "goal", "reached", "against"]);
     for ratio in ratios {
-        let goal = match ratio.goal {
-            None => String::new(),
-            Some(Goal::AtLeast(least)) => format!(">= {least}"),
-            Some(Goal::AtMost(most)) => format!("<= {most}"),
-        };
+        let goal = ratio.goal.map(Goal::text).unwrap_or_default();
         let reached = ratio.reached().map_or("", |reached| if reached { "yes" } else { "NO" });
         table.row(vec![
             ratio.what.clone(),
             cell(ratio.ratio, 3),
-            ratio.interval.map_or_else(String::new, |(low, high)| format!("{low:.3}-{high:.3}")),
+            ratio.interval_text(),
             goal,
             reached.into(),
             ratio.against.clone(),
         ]);
     }
     table.text()
+}
+
+/// For people: of each goal of each part how often it was reached, and every time that it was not.
+pub(crate) fn summary(results: &Results) -> String {
+    let mut table = Table::new(&["goals", "goal", "reached", "worst", "missed"]);
+    let (mut judged, mut reached) = (0, 0);
+    for part in results.parts.iter().chain([results]) {
+        for (what, goal) in kinds(&part.ratios) {
+            let is_its = |ratio: &&Ratio| ratio.kind() == what && ratio.goal == Some(goal);
+            let of_it: Vec<&Ratio> =
+                part.ratios.iter().filter(is_its).filter(|ratio| ratio.ratio.is_some()).collect();
+            let missed: Vec<&&Ratio> =
+                of_it.iter().filter(|ratio| ratio.reached() == Some(false)).collect();
+            (judged, reached) = (judged + of_it.len(), reached + of_it.len() - missed.len());
+            let values = of_it.iter().filter_map(|ratio| ratio.ratio);
+            let worst = match goal {
+                Goal::AtLeast(_) => values.min_by(f64::total_cmp),
+                Goal::AtMost(_) => values.max_by(f64::total_cmp),
+            };
+            table.row(vec![
+                format!("{}: {what}", part.title()),
+                goal.text(),
+                format!("{} of {}", of_it.len() - missed.len(), of_it.len()),
+                cell(worst, 3),
+                if missed.is_empty() { "-".into() } else { missed.len().to_string() },
+            ]);
+        }
+    }
+    let mut text = format!("Goals reached: {reached} of {judged}\n\n{}", table.text());
+    for part in results.parts.iter().chain([results]) {
+        for missed in part.ratios.iter().filter(|ratio| ratio.reached() == Some(false)) {
+            let goal = missed.goal.map(Goal::text).unwrap_or_default();
+            let within = if missed.is_undecided() { ", within the spread" } else { "" };
+            let ratio = cell(missed.ratio, 3);
+            let (what, against) = (&missed.what, &missed.against);
+            let interval = missed.interval_text();
+            text.push_str(&format!(
+                "MISSED {}: {what}: {ratio} ({interval}), {goal}{within}: {against}\n",
+                part.title()
+            ));
+        }
+    }
+    text
+}
+
+/// What there is to reach, each kind once.
+fn kinds(ratios: &[Ratio]) -> Vec<(&str, Goal)> {
+    let mut kinds: Vec<(&str, Goal)> = Vec::new();
+    for ratio in ratios {
+        if let Some(goal) = ratio.goal
+            && !kinds.contains(&(ratio.kind(), goal))
+        {
+            kinds.push((ratio.kind(), goal));
+        }
+    }
+    kinds
 }
 
 /// What `migrate-vs-qemu` is about.
@@ -169,5 +251,22 @@ mod tests {
         assert_eq!(ratio(1.2, Goal::AtMost(0.6)), Some(true));
         assert_eq!(ratio(1.3, Goal::AtMost(0.6)), Some(false));
         assert_eq!(Ratio::new("x", "y", None, Some(2.0), Some(Goal::AtMost(1.0))).reached(), None);
+    }
+
+    #[test]
+    fn what_was_missed_is_named() {
+        let ratio = |what: &str, ours| {
+            let goal = Some(Goal::AtMost(1.03));
+            Ratio {
+                interval: Some((0.9, 1.1)),
+                ..Ratio::new(what, "us to x", Some(ours), Some(1.0), goal)
+            }
+        };
+        let mut results = Results::begin("report", serde_json::Value::Null);
+        results.ratios = vec![ratio("TCP 8 B: p50", 1.0), ratio("TCP 64 B: p50", 1.05)];
+        let text = summary(&results);
+        assert!(text.starts_with("Goals reached: 1 of 2\n"), "{text}");
+        let named = "MISSED report: TCP 64 B: p50: 1.050 (0.900-1.100), <= 1.03, within the spread";
+        assert!(text.contains(named), "{text}");
     }
 }

@@ -6,11 +6,11 @@
 //!                         lanes_wire); tools beside them (iperf, qperf, sockperf, perftest)
 //! memory   scan, register
 //! guests   migrate, migrate_vs_qemu, slowdown, rails, sparse, rdma_vs_qemu
-//!          drain_table
+//!          link_table, ways, drain_table: over shaped links
 //!            └─ rig       one guest that hops from QEMU to QEMU; by pageferry or by QEMU's migration
 //! all      turns          everyone in turn; recorder: samples of a run; series: all of somebody's
 //!          results        tables, JSON, html and svg, files (.hgrm, .hlog); compare, show
-//!          report         all of them, one after the other, as one page
+//!          report         all of them, one after the other, as one page (parts)
 //! ```
 //! Whole migrations are measured from outside: QMP events, `/proc`, `getrusage` of ended children, the
 //! guest's console. The method is printed before the numbers; it stands in `docs/benchmarks.md`.
@@ -35,6 +35,7 @@ mod interrupt;
 mod iperf;
 mod lanes_wire;
 mod latency;
+mod link_table;
 mod machine;
 mod memory;
 mod method;
@@ -45,6 +46,7 @@ mod net;
 mod ours;
 mod output;
 mod pages;
+mod parts;
 mod pause;
 mod perftest;
 mod places;
@@ -66,6 +68,7 @@ mod scan;
 mod screening;
 mod series;
 mod serve;
+mod shaped;
 mod slowdown;
 mod sockperf;
 mod sparse;
@@ -77,6 +80,7 @@ mod tcp_wire;
 mod throughput;
 mod tools;
 mod turns;
+mod ways;
 
 use std::process::ExitCode;
 
@@ -91,6 +95,7 @@ fn main() -> ExitCode {
         args::Command::Serve(_)
         | args::Command::Compare(_)
         | args::Command::Show(_)
+        | args::Command::Ways(_)
         | args::Command::Report(_) => None,
         _ => pageferry_ctl::lab::one_at_a_time(),
     };
@@ -100,6 +105,8 @@ fn main() -> ExitCode {
         args::Command::Sparse(args) => sparse::run(args),
         args::Command::Rails(args) => rails::run(args),
         args::Command::DrainTable(args) => drain_table::run(args),
+        args::Command::LinkTable(args) => link_table::run(args),
+        args::Command::Ways(args) => ways::run(args),
         args::Command::RdmaVsPerftest(args) => rdma_vs_perftest::run(args),
         args::Command::RdmaVsQemu(args) => rdma_vs_qemu::run(args),
         args::Command::Compare(args) => compare::run(args),

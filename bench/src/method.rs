@@ -26,9 +26,16 @@ fn section(heading: &str) -> &'static str {
 mod tests {
     #[test]
     fn every_benchmark_has_a_method() {
-        for benchmark in
-            ["migrate", "migrate-vs-qemu", "slowdown", "rails", "sparse", "drain-table"]
-        {
+        for benchmark in [
+            "migrate",
+            "migrate-vs-qemu",
+            "slowdown",
+            "rails",
+            "sparse",
+            "drain-table",
+            "link-table",
+            "ways",
+        ] {
             let method = super::of(benchmark);
             let (common, own) = method.split_once("\n\n").expect("two parts");
             assert!(common.len() > 100 && own.len() > 100, "{benchmark}: {method}");

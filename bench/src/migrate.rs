@@ -96,23 +96,9 @@ fn measure_all(args: &MigrateArgs, guest: Guest, rig: Rig) -> Result<Vec<Series>
     for link_mbit in links {
         rig.borrow().net().shape(link_mbit)?;
         let mut settings = vec![setting(args, guest, link_mbit)];
-        // What became of a guest's memory is no failure among others.
-        let lost = RefCell::new(None);
         turns::take(args.common.turns(), &mut settings, |&mover| {
-            if lost.borrow().is_some() {
-                return Ok(None);
-            }
-            match one_move(args, &mut rig.borrow_mut(), mover, guest.dirty_mib_per_s > 0.0) {
-                Err(error @ BenchError::MemoryLost { .. }) => {
-                    *lost.borrow_mut() = Some(error);
-                    Ok(None)
-                }
-                other => other.map(Some),
-            }
+            one_move(args, &mut rig.borrow_mut(), mover, guest.dirty_mib_per_s > 0.0).map(Some)
         })?;
-        if let Some(lost) = lost.into_inner() {
-            return Err(lost);
-        }
         all.extend(turns::series(settings));
     }
     Ok(all)
@@ -138,7 +124,7 @@ fn setting(args: &MigrateArgs, guest: Guest, link_mbit: u64) -> Setting<Mover> {
     }
     let qemu = args.channels.iter().filter(|_| args.vs.contains(&Tool::Qemu)).map(|&channels| {
         let channels = Some(channels).filter(|channels| *channels > 0);
-        Mover::Qemu(QemuWay { channels, downtime_ms: args.downtime_ms, rdma: None })
+        Mover::Qemu(QemuWay { channels, downtime_ms: args.downtime_ms, ..QemuWay::default() })
     });
     let parameters = json!({
         "memory_mib": args.mib, "dirty_mib_per_s": guest.dirty_mib_per_s.to_string(),

@@ -156,10 +156,9 @@ impl Bench<'_> {
         let limits: &[Option<u64>] = if warm { &[None, Some(SHORT_DOWNTIME_MS)] } else { &[None] };
         let mut all = vec![Mover::Pageferry];
         for &downtime_ms in limits {
-            all.extend(
-                ways.clone()
-                    .map(|channels| Mover::Qemu(QemuWay { channels, downtime_ms, rdma: None })),
-            );
+            all.extend(ways.clone().map(|channels| {
+                Mover::Qemu(QemuWay { channels, downtime_ms, ..QemuWay::default() })
+            }));
         }
         let movers = all.into_iter().map(Contender::Mover).filter(|c| self.wanted(&c.name()));
         movers.chain(fixed.iter().cloned()).collect()

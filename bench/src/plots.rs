@@ -59,6 +59,7 @@ pub(crate) fn of(group: &Group<'_>) -> Vec<Plot> {
             let (quantity, unit) = match (kind, column.name) {
                 (_, "pause ms") => ("pause", "ms"),
                 (_, "lost %") => ("speed lost", "%"),
+                (_, "total s") => ("total", "s"),
                 (Kind::Cost, unit) => ("cost", unit),
                 (_, unit) => ("throughput", unit),
             };

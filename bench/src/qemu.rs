@@ -18,10 +18,12 @@ pub(crate) const MOVE_MAX: Duration = Duration::from_secs(180);
 const DEFAULT_DOWNTIME_MS: u64 = 300;
 
 /// One way to run it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct QemuWay {
     /// Multifd channels; `None` is the plain, single-threaded stream.
     pub(crate) channels: Option<u8>,
+    /// Multifd's zstd, at its default level.
+    pub(crate) zstd: bool,
     /// `downtime-limit`; `None` is QEMU's default.
     pub(crate) downtime_ms: Option<u64>,
     /// Over RDMA; with all memory pinned before, or not.
@@ -46,6 +48,9 @@ impl QemuWay {
             (None, None) => "qemu plain".to_owned(),
             (None, Some(channels)) => format!("qemu multifd {channels}"),
         };
+        if self.zstd {
+            name.push_str(", zstd");
+        }
         if let Some(ms) = self.downtime_ms {
             name.push_str(&format!(", limit {ms} ms"));
         }
@@ -119,6 +124,7 @@ fn prepare(monitor: &Qmp, way: QemuWay) -> Result<(), BenchError> {
         // 0 is no limit at all: no accounting against one either.
         "max-bandwidth": 0,
         "downtime-limit": way.downtime_ms.unwrap_or(DEFAULT_DOWNTIME_MS),
+        "multifd-compression": if way.zstd { "zstd" } else { "none" },
     });
     if let Some(channels) = way.channels {
         parameters["multifd-channels"] = channels.into();

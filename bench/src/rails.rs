@@ -10,10 +10,9 @@ use crate::contender::{Contender, Metric, Record, Run};
 use crate::error::BenchError;
 use crate::goals::{Goal, Ratio};
 use crate::host::Host;
-use crate::interrupt;
-use crate::output;
 use crate::results::Results;
 use crate::rig::{GuestShape, Mover, Rig, SETTLE};
+use crate::{interrupt, output, shaped};
 
 const NAME: &str = "rails";
 
@@ -66,7 +65,7 @@ pub(crate) fn run(args: &RailsArgs) -> Result<(), BenchError> {
     rig.verify()?;
     let payload = |series: &Series| {
         let rates = series.rails.clone().map(|rail| if rail == 4 { mbit / 4 } else { mbit });
-        rates.sum::<u64>() as f64 * PAYLOAD_SHARE * 1e6 / 8.0
+        shaped::payload_bytes_per_s(rates.sum())
     };
     let rate =
         |series: &Series| series.record.median(Metric::Moving).map(|gib| gib * f64::from(1 << 30));
@@ -92,16 +91,17 @@ pub(crate) fn run(args: &RailsArgs) -> Result<(), BenchError> {
     results.finish(&common.output)
 }
 
-/// Of an Ethernet link with an MTU of 1500, as `tc tbf` counts it (with the Ethernet header): payload
-/// of a TCP segment with timestamps.
-const PAYLOAD_SHARE: f64 = 1448.0 / 1514.0;
-
 fn arguments(common: &Common, rails: std::ops::Range<u8>) -> String {
-    let networks = rails.map(|rail| match rail {
+    format!("--compress off {}{}", common.migrate_args, networks(rails))
+}
+
+/// Options of `pageferry migrate` that leave it these rails.
+pub(crate) fn networks(rails: std::ops::Range<u8>) -> String {
+    let network = |rail| match rail {
         0 => " --network 10.201.0.0/24".to_owned(),
         rail => format!(" --network 10.203.{rail}.0/24"),
-    });
-    format!("--compress off {}{}", common.migrate_args, networks.collect::<String>())
+    };
+    rails.map(network).collect()
 }
 
 fn shape(common: &Common, fill_mib: u64) -> GuestShape {

@@ -60,14 +60,14 @@ pub(crate) fn run(args: &RdmaVsQemuArgs) -> Result<(), BenchError> {
     let mut results = Results::begin("rdma-vs-qemu", json!({ "ends": ends, "args": args }));
     let rdma = |pinned| {
         let rdma = Some(pinned);
-        Contender::Qemu(QemuWay { channels: None, downtime_ms: None, rdma })
+        Contender::Qemu(QemuWay { rdma, ..QemuWay::default() })
     };
     let mut everyone = vec![
         Contender::Ours { transport: "rdma" },
         rdma(Pinned::AsNeeded),
         rdma(Pinned::All),
         Contender::Ours { transport: "tcp" },
-        Contender::Qemu(QemuWay { channels: None, downtime_ms: None, rdma: None }),
+        Contender::Qemu(QemuWay::default()),
         Contender::Lanes,
     ];
     let only = |name: &str| args.only.is_empty() || args.only.iter().any(|w| name.contains(w));

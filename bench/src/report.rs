@@ -1,32 +1,14 @@
 //! `report`: one command that measures this machine beside all the tools, and makes one page of it.
 //!
-//! Each part is this program again, with arguments that stand in the page: what it says is read from
-//! the JSON that it writes. Those over RDMA run in the virtual machine, once with each device.
-
-use std::io::{BufRead, BufReader};
-use std::path::Path;
-use std::process::{Command, Stdio};
+//! Its parts are in the order of the page; see `parts` for how they are run.
 
 use serde_json::json;
 
 use crate::args::{OutputArgs, ReportArgs};
 use crate::error::BenchError;
+use crate::goals;
+use crate::parts::{Part, Parts};
 use crate::results::Results;
-use crate::{files, interrupt, output};
-
-/// A part that takes longer hangs: the longest takes a quarter of it.
-const PART_SECONDS_MAX: &str = "5400";
-
-/// One benchmark of the report.
-struct Part {
-    title: &'static str,
-    /// In the virtual machine: further arguments for it.
-    machine: Option<&'static str>,
-    /// The benchmark, and options with a value each.
-    arguments: &'static str,
-    /// Options that have other values where only a look is wanted.
-    quick: &'static str,
-}
 
 const SHORT: &str = "--sizes 4096 --operations 500";
 
@@ -100,101 +82,26 @@ const PARTS: &[Part] = &[
     },
 ];
 
-impl Part {
-    /// The command line, without the program.
-    fn words(&self, quick: bool) -> Vec<&'static str> {
-        let mut words: Vec<&str> = self.arguments.split_ascii_whitespace().collect();
-        let quick: Vec<&str> =
-            if quick { self.quick.split_ascii_whitespace().collect() } else { Vec::new() };
-        for option in quick.chunks(2) {
-            match words.iter().position(|word| *word == option[0]) {
-                Some(at) => words[at + 1] = option[1],
-                None => words.extend(option),
-            }
-        }
-        words
-    }
-}
-
 /// The command.
 pub(crate) fn run(args: &ReportArgs) -> Result<(), BenchError> {
     let mut results = Results::begin("report", json!(args));
     results.title = Some("Pageferry beside the tools people trust".into());
     let shown = args.out.display();
     std::fs::create_dir_all(&args.out).map_err(BenchError::io("make", shown))?;
-    for part in PARTS {
-        let places: &[Option<&str>] = match part.machine {
-            None => &[None],
-            Some(_) if args.no_vm => &[],
-            Some(_) => &[Some("rxe"), Some("siw")],
-        };
-        for &device in places {
-            interrupt::check()?;
-            let title = match device {
-                None => part.title.to_owned(),
-                Some(device) => format!("{}: {device}", part.title),
-            };
-            if !args.only.is_empty() && !args.only.iter().any(|word| title.contains(word.as_str()))
-            {
-                continue;
+    let parts = Parts { out: &args.out, turns: args.turns, quick: args.quick };
+    for part in PARTS.iter().filter(|part| part.machine.is_none() || !args.no_vm) {
+        for (device, title) in part.places() {
+            let is_wanted = |word: &String| title.contains(word.as_str());
+            if args.only.is_empty() || args.only.iter().any(is_wanted) {
+                parts.run_at(part, device, &title, &mut results)?;
+                // After each, so that half an hour is not lost with its last minute.
+                results.write_folder(&args.out)?;
             }
-            output::progress(&format!("== {title}"));
-            match run_part(args, part, device, &title, &mut results.not_run) {
-                Ok(of_part) => results.parts.push(Results { title: Some(title), ..of_part }),
-                // The others are no worse for it.
-                Err(error) => results.not_run.push(format!("{title}: {}", error.chain())),
-            }
-            // After each, so that an hour is not lost with its last minute.
-            results.write_folder(&args.out)?;
         }
     }
     results.finish(&OutputArgs { json: None, out: Some(args.out.clone()) })?;
-    println!("{}", args.out.join("results.html").display());
+    println!("{}\n{}", goals::summary(&results), args.out.join("results.html").display());
     Ok(())
-}
-
-/// Runs one part; what it left out is added to `not_run`.
-fn run_part(
-    args: &ReportArgs,
-    part: &Part,
-    device: Option<&str>,
-    title: &str,
-    not_run: &mut Vec<String>,
-) -> Result<Results, BenchError> {
-    let folder = args.out.join(files::plain(title));
-    std::fs::create_dir_all(&folder).map_err(BenchError::io("make", folder.display()))?;
-    // The machine's file system is this one's, under the same names.
-    let folder =
-        std::fs::canonicalize(&folder).map_err(BenchError::io("find", folder.display()))?;
-    let program = std::env::current_exe().map_err(BenchError::io("find", "this program"))?;
-    let mut command = Command::new(program);
-    if let (Some(device), Some(more)) = (device, part.machine) {
-        command.args(["rdma-vm", "--driver", device, "--timeout", PART_SECONDS_MAX, "--writable"]);
-        command.arg(&folder).args(more.split_ascii_whitespace()).arg("--");
-    }
-    command.args(part.words(args.quick)).args(["--turns", &args.turns.to_string()]);
-    command.arg("--out").arg(&folder);
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(BenchError::io("run", title))?;
-    let out = child.stdout.take().expect("piped");
-    for line in BufReader::new(out).lines().map_while(Result::ok) {
-        println!("{line}");
-        if let Some(skipped) = line.strip_prefix("SKIP ") {
-            not_run.push(format!("{title}: {skipped}"));
-        }
-    }
-    let status = child.wait().map_err(BenchError::io("wait for", title))?;
-    let results = Results::read(Path::new(&folder.join("results.json")));
-    match status.success() {
-        true => results,
-        false => {
-            let (program, said) = (title.to_owned(), "see above".into());
-            Err(BenchError::Program { program, status, said })
-        }
-    }
 }
 
 #[cfg(test)]

@@ -62,6 +62,12 @@ impl Results {
         Self::with(benchmark, method::of(benchmark), &host.text(), json!(host), setup)
     }
 
+    /// The same for those that set hosts up, of which the machine's block says enough.
+    pub(crate) fn of_hosts(benchmark: &str, parameters: Value) -> Self {
+        let machine = Machine::here();
+        Self::with(benchmark, method::of(benchmark), &machine.text(), json!(machine), parameters)
+    }
+
     fn with(
         benchmark: &str,
         method: String,

@@ -53,6 +53,10 @@ pub(crate) enum Kind {
     Migration,
     /// What a writing guest loses while it is moved.
     Slowdown,
+    /// Whole migrations over shaped links.
+    Link,
+    /// Hosts emptied over shaped links.
+    Drain,
 }
 
 /// What tables, plots and comparisons have of a series, beside its name and how many runs it has.
@@ -73,12 +77,14 @@ const MIB: f64 = (1u64 << 20) as f64;
 
 impl Kind {
     /// All of them, as tables have them, with their titles.
-    pub(crate) const ALL: [(Self, &str); 5] = [
+    pub(crate) const ALL: [(Self, &str); 7] = [
         (Self::Latency, "latency, us"),
         (Self::Throughput, "throughput"),
         (Self::Cost, "cost"),
         (Self::Migration, "migrations"),
         (Self::Slowdown, "brown-outs"),
+        (Self::Link, "migrations over links"),
+        (Self::Drain, "drains"),
     ];
 
     pub(crate) fn columns(self) -> Vec<Column> {
@@ -111,6 +117,23 @@ impl Kind {
                 column("during", Reading::Said("during_pages_per_s"), 1.0, 0, false, true),
                 column("brown-out ms", Reading::Said("brownout_ms"), 1.0, 0, false, false),
                 column("pause ms", Reading::Said("pause_ms"), 1.0, 1, true, false),
+            ],
+            Self::Link => vec![
+                column("total s", Reading::Said("wall_s"), 1.0, 2, true, false),
+                column("brown-out s", Reading::Said("brownout_s"), 1.0, 2, false, false),
+                column("pause ms", Reading::Said("pause_ms"), 1.0, 1, true, false),
+                column("% of link", Reading::Said("link_percent"), 1.0, 1, false, true),
+                cpu,
+            ],
+            Self::Drain => vec![
+                column("total s", Reading::Said("total_s"), 1.0, 2, true, false),
+                column("moved MiB", Reading::Said("moved_mib"), 1.0, 0, false, false),
+                column("% of links", Reading::Said("link_percent"), 1.0, 1, false, true),
+                column("brown-out ms", Reading::Said("brownout_ms"), 1.0, 0, false, false),
+                column("longest", Reading::Said("brownout_ms_max"), 1.0, 0, false, false),
+                column("pause ms", Reading::Said("blackout_ms"), 1.0, 1, false, false),
+                column("longest", Reading::Said("blackout_ms_max"), 1.0, 1, false, false),
+                cpu,
             ],
         }
     }

@@ -104,8 +104,7 @@ fn shape(args: &SlowdownArgs, fill_mib: u64) -> GuestShape {
 }
 
 fn measure(rig: &mut Rig, turns: u32, link_mbit: u64) -> Result<Vec<Row>, BenchError> {
-    let qemu =
-        CHANNELS.map(|channels| Mover::Qemu(QemuWay { channels, downtime_ms: None, rdma: None }));
+    let qemu = CHANNELS.map(|channels| Mover::Qemu(QemuWay { channels, ..QemuWay::default() }));
     let movers = [Mover::Pageferry].into_iter().chain(qemu);
     let blank = |mover| Row { mover, link_mbit, samples: Vec::new(), failures: Vec::new() };
     let mut rows: Vec<Row> = movers.map(blank).collect();

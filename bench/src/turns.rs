@@ -31,7 +31,8 @@ impl From<Recorded> for Taken {
 }
 
 /// Has everyone run once a turn, setting by setting. Each turn begins with the next one: nobody
-/// always follows the same one. `measure` gives nothing where an entrant has no such setting.
+/// always follows the same one. `measure` gives nothing where an entrant has no such setting. Guest
+/// memory that was lost ends it.
 pub(crate) fn take<C>(
     turns: u32,
     settings: &mut [Setting<C>],
@@ -46,6 +47,10 @@ pub(crate) fn take<C>(
                 let busy = cpu::machine_busy_s()?;
                 let taken = measure(who);
                 let machine_cpu_s = cpu::machine_busy_s()? - busy;
+                // What became of a guest's memory is no failure among others.
+                if let Err(error @ BenchError::MemoryLost { .. }) = taken {
+                    return Err(error);
+                }
                 keep(series, turn, machine_cpu_s, taken);
             }
         }
@@ -90,6 +95,17 @@ fn brief(kind: Kind, run: &SeriesRun) -> String {
         Kind::Latency => format!("p50 {:.2} us", of(Reading::Quantile(0.5)) / 1e3),
         Kind::Throughput => format!("{:.1} MiB/s", of(Reading::BytesPerS) / f64::from(1 << 20)),
         Kind::Cost => format!("{:.4} s/GiB", of(Reading::SecondsPerGib)),
+        Kind::Link => format!(
+            "{:.2} s, {:.1} % of the link, pause {:.1} ms",
+            of(Reading::Said("wall_s")),
+            of(Reading::Said("link_percent")),
+            of(Reading::Said("pause_ms"))
+        ),
+        Kind::Drain => format!(
+            "{:.2} s, {:.1} % of the links",
+            of(Reading::Said("total_s")),
+            of(Reading::Said("link_percent"))
+        ),
         Kind::Migration | Kind::Slowdown => format!(
             "{:.1} MiB/s, pause {:.1} ms",
             of(Reading::BytesPerS) / f64::from(1 << 20),

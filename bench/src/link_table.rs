@@ -1,0 +1,204 @@
+//! `link-table`: guests of several sizes, idle and loaded, over links of several speeds; of the largest
+//! also by QEMU, plain multifd and with zstd.
+
+use std::cell::RefCell;
+use std::time::Duration;
+
+use clap::Args;
+use pageferry_ctl::lab::GuestParams;
+use serde::Serialize;
+use serde_json::json;
+
+use crate::args::{Common, NetKind, Tool};
+use crate::error::BenchError;
+use crate::goals::{Goal, Ratio};
+use crate::host::Host;
+use crate::qemu::QemuWay;
+use crate::results::Results;
+use crate::rig::{GuestShape, Mover, Rig, SETTLE};
+use crate::series::{Kind, Reading, Series, ratio};
+use crate::turns::{self, Entrant, Setting, Taken};
+use crate::{output, shaped};
+
+const NAME: &str = "link-table";
+/// Kernel, initramfs and program, and what the kernel keeps to describe its memory.
+const GUEST_OWN_MIB: u64 = 192;
+/// Bytes of a page that a guest writes.
+const PAGE_BYTES: f64 = 4096.0;
+/// A guest that rewrites its pages at this pace is idle.
+const IDLE_PAGES_PER_SECOND: u64 = 1;
+/// A loaded guest may take this much of an idle one's time.
+const LOADED_AT_MOST: f64 = 1.25;
+
+/// Arguments of `link-table`.
+#[derive(Debug, Args, Serialize)]
+pub(crate) struct LinkTableArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    common: Common,
+    /// Guest memory that its program fills with what no codec makes anything of, in MiB.
+    #[arg(long, value_name = "MIB,...", value_delimiter = ',', default_value = "64,128,256,512")]
+    sizes: Vec<u64>,
+    /// Speeds of the link, in Mbit/s.
+    #[arg(long, value_name = "MBIT,...", value_delimiter = ',', default_value = "1000,10000")]
+    mbit: Vec<u64>,
+    /// What a loaded guest writes, in percent of the link's payload rate.
+    #[arg(long, value_name = "PERCENT", default_value_t = 33.0)]
+    loaded_percent: f64,
+    /// What it writes to, over and over, in percent of its memory.
+    #[arg(long, value_name = "PERCENT", default_value_t = 12.5)]
+    hot_percent: f64,
+    /// Who else moves the largest guest, in turns: qemu, by multifd without and with zstd.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    vs: Vec<Tool>,
+    /// QEMU's multifd channels.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    channels: u8,
+}
+
+/// One guest and its link.
+#[derive(Clone, Copy, Debug)]
+struct Cell {
+    mib: u64,
+    mbit: u64,
+    loaded: bool,
+}
+
+/// Runs the subcommand.
+pub(crate) fn run(args: &LinkTableArgs) -> Result<(), BenchError> {
+    let mut common = args.common.clone();
+    common.net = NetKind::Veth;
+    let mut results: Option<Results> = None;
+    for &mib in &args.sizes {
+        // One idle guest for all links; each link has a load of its own.
+        let mut guests = vec![args.mbit.iter().map(|&mbit| (mbit, false)).collect::<Vec<_>>()];
+        guests.extend(args.mbit.iter().map(|&mbit| vec![(mbit, true)]));
+        for cells in guests {
+            let Some(&(mbit, loaded)) = cells.first() else { continue };
+            let first = Cell { mib, mbit, loaded };
+            output::progress(&format!("{}: starting the guest", first.name()));
+            let mut rig = Rig::new(&common, shape(args, first))?;
+            if results.is_none() {
+                results = Some(Results::of_guests(NAME, &Host::of(&rig)?, json!(args)));
+            }
+            rig.guest()?;
+            let rig = RefCell::new(rig);
+            for (mbit, loaded) in cells {
+                let series = measure(args, &rig, Cell { mib, mbit, loaded })?;
+                results.as_mut().expect("made above").series.extend(series);
+            }
+        }
+    }
+    let nothing = BenchError::Usage { what: "no guest to move: both lists want a value" };
+    let mut results = results.ok_or(nothing)?;
+    // Link by link, idle before loaded, small before large.
+    results.series.sort_by_key(|series| {
+        let of = |name: &str| series.parameters[name].as_u64().unwrap_or(0);
+        (of("mbit"), of("mib"), series.parameters["loaded"].as_bool())
+    });
+    results.ratios = ratios(&results.series);
+    results.finish(&common.output)
+}
+
+impl Cell {
+    fn name(self) -> String {
+        format!("{} MiB, {}", self.mib, if self.loaded { "loaded" } else { "idle" })
+    }
+
+    fn group(self) -> String {
+        format!("a link of {} Mbit/s", self.mbit)
+    }
+}
+
+fn shape(args: &LinkTableArgs, cell: Cell) -> GuestShape {
+    let written = shaped::payload_bytes_per_s(cell.mbit) * args.loaded_percent / 100.0;
+    let hot_mib = (cell.mib as f64 * args.hot_percent / 100.0).max(1.0) as u64;
+    GuestShape {
+        memory_mib: (cell.mib + cell.mib / 24 + GUEST_OWN_MIB) & !1,
+        params: GuestParams {
+            fill_mib: cell.mib,
+            // What is not rewritten would be verified over and over, at the guest's cost.
+            hot_mib: if cell.loaded { hot_mib } else { cell.mib },
+            writers: 1,
+            pages_per_second: match cell.loaded {
+                true => (written / PAGE_BYTES).max(1.0) as u64,
+                false => IDLE_PAGES_PER_SECOND,
+            },
+            ..GuestParams::default()
+        },
+        smp: 1,
+        memory: args.common.memory,
+        prealloc: true,
+        kernel_words: String::new(),
+        fresh_after: Duration::ZERO,
+        settle: SETTLE,
+    }
+}
+
+/// Everyone's moves of one guest over one link.
+fn measure(
+    args: &LinkTableArgs,
+    rig: &RefCell<Rig>,
+    cell: Cell,
+) -> Result<Vec<Series>, BenchError> {
+    rig.borrow().net().shape(cell.mbit)?;
+    let with_qemu = args.vs.contains(&Tool::Qemu) && args.sizes.iter().all(|&mib| mib <= cell.mib);
+    let qemu = |zstd| {
+        let channels = Some(args.channels);
+        Mover::Qemu(QemuWay { channels, zstd, ..QemuWay::default() })
+    };
+    let theirs = [qemu(false), qemu(true)].into_iter().filter(|_| with_qemu);
+    let entrant = |who: Mover| {
+        let parameters = json!({
+            "who": who.name(), "mib": cell.mib, "mbit": cell.mbit, "loaded": cell.loaded,
+        });
+        let by = format!("{}, {}", cell.name(), who.name());
+        Entrant { who, series: Series::new(&cell.group(), &by, Kind::Link, parameters) }
+    };
+    let setting: Setting<Mover> =
+        [Mover::Pageferry].into_iter().chain(theirs).map(entrant).collect();
+    let mut settings = [setting];
+    turns::take(args.common.turns(), &mut settings, |&mover| {
+        one_move(&mut rig.borrow_mut(), mover, cell).map(Some)
+    })?;
+    Ok(turns::series(settings.into()))
+}
+
+fn one_move(rig: &mut Rig, mover: Mover, cell: Cell) -> Result<Taken, BenchError> {
+    let hop = match mover {
+        Mover::Pageferry => rig.hop_checked(true)?,
+        Mover::Qemu(_) => {
+            // One that lost writes before is slower, or ends, at this one's cost.
+            if cell.loaded && rig.verify().is_err() {
+                rig.give_up_guest();
+            }
+            rig.hop(mover, true)?
+        }
+    };
+    Ok(shaped::taken(&hop, cell.mib, cell.mbit))
+}
+
+fn ratios(all: &[Series]) -> Vec<Ratio> {
+    let is_ours = |series: &Series| series.parameters["who"] == Mover::Pageferry.name();
+    let with_runs = || all.iter().filter(|series| !series.runs.is_empty());
+    let find = |like: &Series, loaded: bool| {
+        let same = |of: &Series, name: &str| of.parameters[name] == like.parameters[name];
+        with_runs().find(|of| {
+            is_ours(of) && same(of, "mib") && same(of, "mbit") && of.parameters["loaded"] == loaded
+        })
+    };
+    let total = Reading::Said("wall_s");
+    let mut ratios: Vec<Ratio> = with_runs().filter(|of| is_ours(of)).map(shaped::share).collect();
+    for ours in with_runs().filter(|of| is_ours(of) && of.parameters["loaded"] == true) {
+        let goal = Some(Goal::AtMost(LOADED_AT_MOST));
+        ratios
+            .extend(find(ours, false).map(|idle| ratio("total, loaded", ours, idle, total, goal)));
+    }
+    for theirs in with_runs().filter(|of| !is_ours(of)) {
+        let Some(ours) = find(theirs, theirs.parameters["loaded"] == true) else { continue };
+        let not_longer = Some(Goal::AtMost(1.0));
+        ratios.push(ratio("total", ours, theirs, total, not_longer));
+        ratios.push(ratio("pause", ours, theirs, Reading::Said("pause_ms"), not_longer));
+    }
+    ratios
+}
