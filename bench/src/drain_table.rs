@@ -48,7 +48,7 @@ pub(crate) struct DrainTableArgs {
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     memory_mib: u64,
     /// What each has filled, with pages that no codec makes anything of, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    #[arg(long, value_name = "MIB", default_value_t = 16)]
     fill_mib: u64,
     /// Pages that each rewrites in a second.
     #[arg(long, value_name = "N", default_value_t = 100)]
@@ -117,7 +117,8 @@ pub(crate) fn run(args: &DrainTableArgs) -> Result<(), BenchError> {
 }
 
 fn setting(args: &DrainTableArgs, guests: usize) -> Setting<Way> {
-    let group = format!("{guests} guests of {} MiB", args.memory_mib);
+    let noun = if guests == 1 { "guest" } else { "guests" };
+    let group = format!("{guests} {noun} of {} MiB", args.memory_mib);
     let parallel = args.parallel.iter().copied().filter(|&it| guests > 1 || it == args.parallel[0]);
     let way = |parallel| args.links.iter().map(move |&links| Way { links, parallel });
     let entrant = |who: Way| {

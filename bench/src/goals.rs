@@ -102,45 +102,72 @@ pub(crate) fn text(ratios: &[Ratio]) -> String {
     table.text()
 }
 
-/// For people: of each goal of each part how often it was reached, and every time that it was not.
-pub(crate) fn summary(results: &Results) -> String {
-    let mut table = Table::new(&["goals", "goal", "reached", "worst", "missed"]);
-    let (mut judged, mut reached) = (0, 0);
+/// One goal of one benchmark, at all of its settings.
+pub(crate) struct Tally<'a> {
+    /// The benchmark.
+    pub(crate) title: &'a str,
+    /// What of it.
+    pub(crate) what: &'a str,
+    pub(crate) goal: Goal,
+    /// Ratios that have it.
+    pub(crate) of: usize,
+    /// The one that is furthest from it, or nearest to missing it.
+    pub(crate) worst: f64,
+    pub(crate) missed: Vec<&'a Ratio>,
+}
+
+impl Tally<'_> {
+    pub(crate) fn reached(&self) -> usize {
+        self.of - self.missed.len()
+    }
+}
+
+/// Each goal of each part: how often it was reached.
+pub(crate) fn tallies(results: &Results) -> Vec<Tally<'_>> {
+    let mut all = Vec::new();
     for part in results.parts.iter().chain([results]) {
         for (what, goal) in kinds(&part.ratios) {
             let is_its = |ratio: &&Ratio| ratio.kind() == what && ratio.goal == Some(goal);
-            let of_it: Vec<&Ratio> =
-                part.ratios.iter().filter(is_its).filter(|ratio| ratio.ratio.is_some()).collect();
-            let missed: Vec<&&Ratio> =
-                of_it.iter().filter(|ratio| ratio.reached() == Some(false)).collect();
-            (judged, reached) = (judged + of_it.len(), reached + of_it.len() - missed.len());
-            let values = of_it.iter().filter_map(|ratio| ratio.ratio);
+            let values = part.ratios.iter().filter(is_its).filter_map(|ratio| ratio.ratio);
+            let missed = part.ratios.iter().filter(is_its);
+            let missed = missed.filter(|ratio| ratio.reached() == Some(false)).collect();
             let worst = match goal {
-                Goal::AtLeast(_) => values.min_by(f64::total_cmp),
-                Goal::AtMost(_) => values.max_by(f64::total_cmp),
+                Goal::AtLeast(_) => values.clone().min_by(f64::total_cmp),
+                Goal::AtMost(_) => values.clone().max_by(f64::total_cmp),
             };
-            table.row(vec![
-                format!("{}: {what}", part.title()),
-                goal.text(),
-                format!("{} of {}", of_it.len() - missed.len(), of_it.len()),
-                cell(worst, 3),
-                if missed.is_empty() { "-".into() } else { missed.len().to_string() },
-            ]);
+            if let Some(worst) = worst {
+                let (title, of) = (part.title(), values.count());
+                all.push(Tally { title, what, goal, of, worst, missed });
+            }
         }
     }
-    let mut text = format!("Goals reached: {reached} of {judged}\n\n{}", table.text());
-    for part in results.parts.iter().chain([results]) {
-        for missed in part.ratios.iter().filter(|ratio| ratio.reached() == Some(false)) {
-            let goal = missed.goal.map(Goal::text).unwrap_or_default();
-            let within = if missed.is_undecided() { ", within the spread" } else { "" };
-            let ratio = cell(missed.ratio, 3);
-            let (what, against) = (&missed.what, &missed.against);
-            let interval = missed.interval_text();
-            text.push_str(&format!(
-                "MISSED {}: {what}: {ratio} ({interval}), {goal}{within}: {against}\n",
-                part.title()
-            ));
-        }
+    all
+}
+
+/// The same for people, and every time that one was not reached.
+pub(crate) fn summary(results: &Results) -> String {
+    let all = tallies(results);
+    let mut table = Table::new(&["goal", "bound", "reached", "worst"]);
+    for tally in &all {
+        let reached = format!("{} of {}", tally.reached(), tally.of);
+        let what = format!("{}: {}", tally.title, tally.what);
+        table.row(vec![what, tally.goal.text(), reached, cell(Some(tally.worst), 3)]);
+    }
+    let (reached, of): (usize, usize) =
+        all.iter().fold((0, 0), |sum, tally| (sum.0 + tally.reached(), sum.1 + tally.of));
+    let mut text = format!("Goals reached: {reached} of {of}\n\n{}", table.text());
+    for (tally, missed) in all.iter().flat_map(|tally| tally.missed.iter().map(move |m| (tally, m)))
+    {
+        let within = if missed.is_undecided() { ", within the spread" } else { "" };
+        text.push_str(&format!(
+            "MISSED {}: {}: {} ({}), {}{within}: {}\n",
+            tally.title,
+            missed.what,
+            cell(missed.ratio, 3),
+            missed.interval_text(),
+            tally.goal.text(),
+            missed.against
+        ));
     }
     text
 }

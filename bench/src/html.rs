@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::goals::{Goal, Ratio};
+use crate::goals::{self, Goal, Ratio};
 use crate::plots::{self, Group};
 use crate::results::Results;
 use crate::series::{Kind, Series};
@@ -20,7 +20,7 @@ table{border-collapse:collapse;margin:.8rem 0;font-size:13px;width:100%}\
 th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #eee;white-space:nowrap;\
 font-variant-numeric:tabular-nums}\
 th{background:#f6f6f6;font-weight:600}th:first-child,td:first-child{text-align:left}\
-td.text,th.text{text-align:left;white-space:normal}td:first-child{white-space:normal}.yes{color:#00703c}.no{color:#b00020;font-weight:600}\
+td.text,th.text{text-align:left;white-space:normal}td:first-child{white-space:normal;min-width:11rem}.yes{color:#00703c}.no{color:#b00020;font-weight:600}\
 svg{max-width:100%;height:auto;display:block;margin:.8rem 0}\
 pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:12.5px;white-space:pre-wrap}\
 h1.part{margin-top:4rem;border-top:3px solid #222;padding-top:.6rem}details{margin:.8rem 0}\
@@ -44,6 +44,7 @@ pub(crate) fn page(results: &Results) -> String {
     );
     if !results.parts.is_empty() {
         out.push_str(&contents(&results.parts));
+        out.push_str(&aims(results));
     }
     out.push_str(&body(results));
     for (index, part) in results.parts.iter().enumerate() {
@@ -75,6 +76,36 @@ fn contents(parts: &[Results]) -> String {
         "<h2>Contents</h2>\n<div class=\"scroll\"><table><tr><th>benchmark</th><th>series</th>\
          <th>runs each</th><th>failed runs</th><th>aims reached</th></tr>\n{rows}</table></div>\n"
     )
+}
+
+/// Each goal of each part: how often it was reached, and where it was not.
+fn aims(results: &Results) -> String {
+    let mut out = String::from(
+        "<h2>Goals</h2>\n<div class=\"scroll\"><table><tr><th>goal</th><th>bound</th>\
+         <th>reached</th><th>worst</th><th class=\"text\">missed</th></tr>\n",
+    );
+    for tally in goals::tallies(results) {
+        let class = if tally.missed.is_empty() { "yes" } else { "no" };
+        let missed = |ratio: &&Ratio| {
+            let within = if ratio.is_undecided() { ", within the spread" } else { "" };
+            let value = ratio.ratio.unwrap_or(f64::NAN);
+            escaped(&format!("{}: {value:.3}{within} ({})", ratio.what, ratio.against))
+        };
+        let missed: Vec<String> = tally.missed.iter().map(missed).collect();
+        let _ = writeln!(
+            out,
+            "<tr><td>{}: {}</td><td>{}</td><td class=\"{class}\">{} of {}</td><td>{:.3}</td>\
+             <td class=\"text\">{}</td></tr>",
+            escaped(tally.title),
+            escaped(tally.what),
+            escaped(&tally.goal.text()),
+            tally.reached(),
+            tally.of,
+            tally.worst,
+            missed.join("<br>"),
+        );
+    }
+    out + "</table></div>\n"
 }
 
 /// Ratios, tables, plots, method, host and parameters of one benchmark.
@@ -121,7 +152,10 @@ fn body(results: &Results) -> String {
 /// A group's numbers, as the tables on standard output have them.
 fn numbers(group: &Group<'_>) -> String {
     let is_latency = group.kind == Kind::Latency;
-    let columns = group.kind.columns();
+    let mut columns = group.kind.columns();
+    // Of one run there is no spread to show.
+    let is_spread = group.series.iter().any(|series| series.runs.len() > 1);
+    columns.iter_mut().for_each(|column| column.spread &= is_spread);
     let mut head = vec!["by", "runs"];
     if is_latency {
         head.extend(["samples", "min", "mean"]);
@@ -177,11 +211,8 @@ fn ratios(results: &Results) -> String {
          <th>ratio</th><th>95 %</th><th>goal</th><th>reached</th></tr>\n",
     );
     for ratio in &results.ratios {
-        let goal = match ratio.goal {
-            None => String::new(),
-            Some(Goal::AtLeast(least)) => format!("at least {least}"),
-            Some(Goal::AtMost(most)) => format!("at most {most}"),
-        };
+        let goal = ratio.goal.map(Goal::text).unwrap_or_default();
+        let goal = escaped(&goal);
         let (class, reached) = match ratio.reached() {
             None => ("", ""),
             Some(true) => ("yes", "yes"),

@@ -39,7 +39,7 @@ pub(crate) fn run(args: &LatencyArgs) -> Result<(), BenchError> {
         let carriers: Vec<Carrier> = args.over.iter().copied().filter(of_it).collect();
         let Some(&first) = carriers.first() else { continue };
         let tools = match args.wire.to {
-            None => tools::usable(&args.vs, name, |tool| program(tool, &carriers)),
+            None => tools::usable(&args.turns.vs, name, |tool| program(tool, &carriers)),
             Some(_) => Vec::new(),
         };
         for &bytes in &args.sizes {
@@ -51,7 +51,9 @@ pub(crate) fn run(args: &LatencyArgs) -> Result<(), BenchError> {
             settings.push(ours.chain(theirs).collect());
         }
     }
-    turns::take(args.turns, &mut settings, |who| Ok(measure(args, &ends, *who)?.map(Into::into)))?;
+    turns::take(args.turns.count, &mut settings, |who| {
+        Ok(measure(args, &ends, *who)?.map(Into::into))
+    })?;
     results.series = turns::series(settings);
     let is_ours = |series: &Series| series.parameters["tool"].is_null();
     results.ratios = tools::ratios(&results.series, is_ours, |ours, _| ours.by == OURS);
@@ -88,7 +90,7 @@ fn measure(
         warm_up: args.warm_up,
         operations: args.operations,
         rate: args.rate,
-        interval_ms: args.interval_ms,
+        interval_ms: args.turns.interval_ms,
         half: carrier.halves(),
     };
     match tool {

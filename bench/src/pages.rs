@@ -41,7 +41,7 @@ pub(crate) fn run(args: &PagesArgs) -> Result<(), BenchError> {
     let ends = Ends::new(&args.wire)?;
     let program = |tool| (tool == Tool::Perftest).then_some("ib_read_lat");
     let wants_perftest = args.over.contains(&Transport::Rdma) && args.wire.to.is_none();
-    let asked = if wants_perftest { &args.vs[..] } else { &[] };
+    let asked = if wants_perftest { &args.turns.vs[..] } else { &[] };
     let perftest = !tools::usable(asked, "faults over RDMA", program).is_empty();
     let mut settings: Vec<Setting<Contender>> = Vec::new();
     for &size in &args.page_sizes {
@@ -51,7 +51,7 @@ pub(crate) fn run(args: &PagesArgs) -> Result<(), BenchError> {
             }
         }
     }
-    turns::take(args.turns, &mut settings, |who| measure(args, &ends, *who).map(Some))?;
+    turns::take(args.turns.count, &mut settings, |who| measure(args, &ends, *who).map(Some))?;
     results.series = turns::series(settings);
     let is_ours = |series: &Series| !series.by.starts_with("ib_");
     results.ratios = tools::ratios(&results.series, is_ours, |_, _| false);
@@ -114,7 +114,7 @@ fn measure(args: &PagesArgs, ends: &Ends, who: Contender) -> Result<Taken, Bench
         warm_up: args.warm_up,
         operations: args.operations,
         rate: args.rate,
-        interval_ms: args.interval_ms,
+        interval_ms: args.turns.interval_ms,
         half: false,
     };
     match who {
@@ -132,7 +132,7 @@ fn measure(args: &PagesArgs, ends: &Ends, who: Contender) -> Result<Taken, Bench
             let round = (memory_bytes as f64 * args.written_percent / 100.0) as u64;
             let span = Span { warm_up_s: args.warm_up_seconds, seconds: args.seconds };
             ends.unpinned(over == Over::Rdma, |from, peer| {
-                lanes_wire::rounds(peer, from, &way, round, span, args.interval_ms)
+                lanes_wire::rounds(peer, from, &way, round, span, args.turns.interval_ms)
             })
         }
         Contender::FaultTcp(size, calls) => {

@@ -90,7 +90,7 @@ impl Parts<'_> {
         let ran = self.process(part, device, title, &mut results.not_run);
         let seconds = began.elapsed().as_secs_f64();
         output::progress(&format!("== {title}: {seconds:.0} s"));
-        interrupt::check()?;
+        let interrupted = interrupt::check();
         match ran {
             Ok(mut of_part) => {
                 of_part.title = Some(title.to_owned());
@@ -100,7 +100,7 @@ impl Parts<'_> {
             // The others are no worse for it.
             Err(error) => results.not_run.push(format!("{title}: {}", error.chain())),
         }
-        Ok(())
+        interrupted
     }
 
     /// Its process; what it left out is added to `not_run`.

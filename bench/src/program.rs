@@ -11,8 +11,8 @@ use crate::ours::tail;
 
 /// A run that takes longer hangs.
 const RUN_MAX: Duration = Duration::from_secs(120);
-/// A server listens by then.
-const LISTEN_MAX: Duration = Duration::from_secs(5);
+/// A server listens by then, also where its machine is emulated.
+const LISTEN_MAX: Duration = Duration::from_secs(30);
 
 /// A command for a program, on a core if told; `make` decides where it runs.
 pub(crate) fn on_core(

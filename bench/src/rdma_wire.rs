@@ -21,6 +21,9 @@ const CONNECT_MAX: Duration = Duration::from_secs(30);
 /// Looks between two questions whether the peer is still there: a system call each.
 const LOOKS: u32 = 1 << 16;
 
+/// Written to the other end once a receive is posted.
+const READY: u8 = 1;
+
 /// What is posted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -73,6 +76,8 @@ pub(crate) fn ping_pong(
     let (order, mut reads) = (Order::new(Some(places)), 0);
     if way.verb == Verb::Send {
         end.receive(way.bytes)?;
+        write_one(&mut end, &mut seen, way.bytes, READY)?;
+        await_byte(&end, way.bytes, READY)?;
     }
     let recorded = run(pace, u64::from(way.bytes), || match way.verb {
         Verb::Write => {
@@ -107,9 +112,12 @@ pub(crate) fn serve_pong(
     ready(listener.port())?;
     let mut end = listener.accept(way.terms())?;
     let (mut seq, mut seen) = (0u8, Seen::default());
-    // The first receive may come after the first message: the sender's device tries again.
+    // A message that finds no receive is tried again over RoCE, and ends the connection over iWARP. A
+    // WRITE needs none; over iWARP who connected comes first.
     if way.verb == Verb::Send {
         end.receive(way.bytes)?;
+        await_byte(&end, way.bytes, READY)?;
+        write_one(&mut end, &mut seen, way.bytes, READY)?;
     }
     let mut answer = || match way.verb {
         Verb::Write => {

@@ -186,11 +186,13 @@ pub(crate) fn run<E>(
         operation()?;
         recorder.record(began, Instant::now(), bytes);
     }
+    let blank = Instant::now();
+    // Noted now, counted later: what counting takes is not part of the next operation. Written to
+    // before: the first touch of a page would be part of one operation of a hundred.
+    let mut samples = vec![(blank, blank); pace.operations as usize];
     let first = Instant::now();
-    // Noted now, counted later: what counting takes is not part of the next operation.
-    let mut samples = Vec::with_capacity(pace.operations as usize);
     let mut last = first;
-    for index in 0..pace.operations {
+    for (index, sample) in samples.iter_mut().enumerate() {
         let began = match gap {
             // One reading of the clock for both: the end of one is the beginning of the next.
             None => last,
@@ -202,7 +204,7 @@ pub(crate) fn run<E>(
         };
         operation()?;
         last = Instant::now();
-        samples.push((began, last));
+        *sample = (began, last);
     }
     for (began, ended) in samples {
         recorder.record(began, ended, bytes);

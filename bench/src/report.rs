@@ -23,7 +23,7 @@ const PARTS: &[Part] = &[
     Part {
         title: "TCP throughput beside iperf3, qperf and sockperf",
         machine: None,
-        arguments: "throughput --over tcp,tcp-uring,tcp-zero-copy,tcp-lanes,tcp-lanes-plain --vs iperf3,qperf,sockperf --sizes 4096,65536,1048576 --lanes 1,2",
+        arguments: "throughput --over tcp,tcp-uring,tcp-zero-copy,tcp-lanes --vs iperf3,qperf,sockperf --sizes 4096,65536,1048576 --lanes 1,2 --seconds 1 --warm-up-seconds 1",
         quick: "--sizes 65536 --lanes 1 --seconds 1 --warm-up-seconds 0",
     },
     Part {
@@ -41,19 +41,19 @@ const PARTS: &[Part] = &[
     Part {
         title: "Whole migrations beside QEMU: loopback",
         machine: None,
-        arguments: "migrate --vs qemu --mib 1024 --dirty-mib-per-s 0,100 --hot-mib 64 --channels 0,2,4,8",
+        arguments: "migrate --vs qemu --mib 512 --dirty-mib-per-s 0,100 --hot-mib 64 --channels 0,4",
         quick: "--mib 64 --dirty-mib-per-s 0 --channels 0",
     },
     Part {
         title: "Whole migrations beside QEMU: a link of 1 Gbit/s",
         machine: None,
-        arguments: "migrate --vs qemu --mib 256 --dirty-mib-per-s 0,20 --hot-mib 32 --packing-percent 0,75 --net veth --link-mbit 1000",
+        arguments: "migrate --vs qemu --mib 256 --packing-percent 0,75 --net veth --link-mbit 1000 --memory tmpfs",
         quick: "--mib 64 --dirty-mib-per-s 0 --packing-percent 0 --channels 0",
     },
     Part {
         title: "RDMA latency beside perftest and qperf",
         machine: Some(""),
-        arguments: "latency --over rdma-write,rdma-read,rdma-send --vs perftest,qperf --sizes 8,4096,65536 --operations 2000 --warm-up 100",
+        arguments: "latency --over rdma-write,rdma-read,rdma-send --vs perftest,qperf --sizes 8,4096 --operations 2000 --warm-up 100",
         quick: SHORT,
     },
     Part {
@@ -77,8 +77,8 @@ const PARTS: &[Part] = &[
     Part {
         title: "Whole migrations over RDMA beside QEMU",
         machine: Some("--kernel 6.12 --mem 1536"),
-        arguments: "rdma-vs-qemu",
-        quick: "--mib 32 --cases idle",
+        arguments: "rdma-vs-qemu --cases idle",
+        quick: "--mib 32",
     },
 ];
 
@@ -88,19 +88,25 @@ pub(crate) fn run(args: &ReportArgs) -> Result<(), BenchError> {
     results.title = Some("Pageferry beside the tools people trust".into());
     let shown = args.out.display();
     std::fs::create_dir_all(&args.out).map_err(BenchError::io("make", shown))?;
+    let interrupted = run_parts(args, &mut results);
+    // What was measured until then is not lost.
+    results.finish(&OutputArgs { json: None, out: Some(args.out.clone()) })?;
+    println!("{}\n{}", goals::summary(&results), args.out.join("results.html").display());
+    interrupted
+}
+
+fn run_parts(args: &ReportArgs, results: &mut Results) -> Result<(), BenchError> {
     let parts = Parts { out: &args.out, turns: args.turns, quick: args.quick };
     for part in PARTS.iter().filter(|part| part.machine.is_none() || !args.no_vm) {
         for (device, title) in part.places() {
             let is_wanted = |word: &String| title.contains(word.as_str());
             if args.only.is_empty() || args.only.iter().any(is_wanted) {
-                parts.run_at(part, device, &title, &mut results)?;
+                parts.run_at(part, device, &title, results)?;
                 // After each, so that half an hour is not lost with its last minute.
                 results.write_folder(&args.out)?;
             }
         }
     }
-    results.finish(&OutputArgs { json: None, out: Some(args.out.clone()) })?;
-    println!("{}\n{}", goals::summary(&results), args.out.join("results.html").display());
     Ok(())
 }
 

@@ -192,11 +192,15 @@ fn table<'a>(title: &str, kind: Kind, series: impl Iterator<Item = &'a Series>) 
     if is_latency {
         head.extend(["samples", "min", "mean"]);
     }
-    let columns = kind.columns();
+    let series: Vec<&Series> = series.collect();
+    let mut columns = kind.columns();
+    // Of one run there is no spread to show.
+    let is_spread = series.iter().any(|series| series.runs.len() > 1);
+    columns.iter_mut().for_each(|column| column.spread &= is_spread);
     for column in &columns {
         head.push(column.name);
         if column.spread {
-            head.extend(["min", "max"]);
+            head.extend(["least", "largest"]);
         }
     }
     let mut table = Table::new(&head);

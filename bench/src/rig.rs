@@ -71,6 +71,35 @@ pub(crate) struct GuestShape {
     pub(crate) settle: Duration,
 }
 
+/// What a guest needs beside the memory that its program fills: kernel, initramfs and program.
+const GUEST_OWN_MIB: u64 = 192;
+/// And this part of what is filled: the kernel describes its memory, and keeps a reserve.
+const GUEST_OWN_PART: u64 = 24;
+
+impl GuestShape {
+    /// One that fills its memory with noise and then does next to nothing, on one processor; all of its
+    /// memory is there.
+    pub(crate) fn idle(fill_mib: u64, memory: Option<MemoryKind>) -> Self {
+        Self {
+            memory_mib: (fill_mib + fill_mib / GUEST_OWN_PART + GUEST_OWN_MIB) & !1,
+            params: GuestParams {
+                fill_mib,
+                // What is not rewritten would be verified over and over, at the guest's cost.
+                hot_mib: fill_mib,
+                writers: 1,
+                pages_per_second: 1,
+                ..GuestParams::default()
+            },
+            smp: 1,
+            memory,
+            prealloc: true,
+            kernel_words: String::new(),
+            fresh_after: Duration::ZERO,
+            settle: SETTLE,
+        }
+    }
+}
+
 /// A guest, the two ends, and memory for both.
 pub(crate) struct Rig {
     // Drop order: the guest before its memory and its namespace.

@@ -100,7 +100,11 @@ impl Kind {
         let rate = column("MiB/s", Reading::BytesPerS, MIB, 1, true, true);
         match self {
             Self::Latency => QUANTILES
-                .map(|(name, at)| column(name, Reading::Quantile(at), 1e3, 2, false, false))
+                // The runs' spread of the two that are compared with tools.
+                .map(|(name, at)| {
+                    let spread = name == "p50" || name == "p99";
+                    column(name, Reading::Quantile(at), 1e3, 2, spread, false)
+                })
                 .to_vec(),
             Self::Throughput => vec![rate, cpu],
             Self::Cost => vec![column("s/GiB", Reading::SecondsPerGib, 1.0, 4, true, false), cpu],

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::args::{Common, MemoryKind, NetKind};
 use crate::goals::{Goal, Ratio};
 use crate::recorder::Recorded;
 use crate::rig::Hop;
@@ -17,6 +18,19 @@ const LINK_AT_LEAST: f64 = 0.98;
 /// What TCP can carry over links shaped to this in all.
 pub(crate) fn payload_bytes_per_s(mbit: u64) -> f64 {
     mbit as f64 * 1e6 / 8.0 * PAYLOAD_SHARE
+}
+
+/// Memory of guests on shaped links, unless told: on huge pages a guest that does nothing writes to some
+/// twenty MiB of them all the time, which a slow link never gets done with.
+pub(crate) const MEMORY: MemoryKind = MemoryKind::Tmpfs;
+
+/// What all of them take: two hosts, and an end also for a guest that writes faster than a link carries.
+pub(crate) fn common(asked: &Common) -> Common {
+    let mut common = asked.clone();
+    common.net = NetKind::Veth;
+    common.memory = Some(asked.memory.unwrap_or(MEMORY));
+    common.migrate_args.push_str(" --not-converging switch-over");
+    common
 }
 
 /// A hop of a guest that filled `mib`, over links of `mbit` in all.

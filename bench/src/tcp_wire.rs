@@ -107,6 +107,12 @@ impl Messages {
         Self { memory, each, order: Order::new(Some(places)), next: 0 }
     }
 
+    /// Both are one message of the same size.
+    fn is_one_like(&self, other: &Self) -> bool {
+        let each = self.each;
+        other.each == each && self.memory.len() == each && other.memory.len() == each
+    }
+
     fn next(&mut self) -> &mut [u8] {
         let places = (self.memory.len() / self.each.max(1)) as u64;
         let at = self.order.place(self.next % places.max(1)) as usize * self.each;
@@ -117,7 +123,12 @@ impl Messages {
 
 /// One end.
 enum End {
-    Calls { stream: TcpStream, out: Messages, into: Messages },
+    /// An echo has one message's memory for both ways, as the tools' have.
+    Calls {
+        stream: TcpStream,
+        out: Messages,
+        into: Option<Messages>,
+    },
     Ring(Box<Bare>),
 }
 
@@ -139,6 +150,7 @@ impl End {
             return Ok(Self::Ring(Box::new(ring)));
         }
         stream.set_nonblocking(calls == Calls::Poll).map_err(io())?;
+        let into = (!out.is_one_like(&into)).then_some(into);
         Ok(Self::Calls { stream, out, into })
     }
 
@@ -152,7 +164,9 @@ impl End {
     /// One message; false if the other end has closed instead.
     fn receive(&mut self) -> std::io::Result<bool> {
         match self {
-            Self::Calls { stream, into, .. } => receive_all(stream, into.next()),
+            Self::Calls { stream, out, into } => {
+                receive_all(stream, into.as_mut().unwrap_or(out).next())
+            }
             Self::Ring(ring) => ring.receive(),
         }
     }

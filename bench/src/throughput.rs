@@ -49,7 +49,7 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<(), BenchError> {
         }
         let transport = if rdma { "RDMA" } else { "TCP" };
         let tools = match args.wire.to {
-            None => tools::usable(&args.vs, transport, |tool| program(tool, rdma)),
+            None => tools::usable(&args.turns.vs, transport, |tool| program(tool, rdma)),
             Some(_) => Vec::new(),
         };
         for &bytes in &args.sizes {
@@ -60,7 +60,7 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<(), BenchError> {
             }
         }
     }
-    turns::take(args.turns, &mut settings, |who| measure(args, &ends, *who))?;
+    turns::take(args.turns.count, &mut settings, |who| measure(args, &ends, *who))?;
     results.series = turns::series(settings);
     let is_ours = |series: &Series| series.parameters["tool"].is_null();
     results.ratios = tools::ratios(&results.series, is_ours, |ours, _| {
@@ -152,7 +152,7 @@ fn ours(
     let Shape { bytes, lanes } = shape;
     let span = span(args);
     let connections = |calls, zero_copy| {
-        let interval_ms = args.interval_ms;
+        let interval_ms = args.turns.interval_ms;
         let connections = lanes;
         let way = stream_wire::Way { bytes, connections, calls, depth, zero_copy, interval_ms };
         ends.tcp(|peer| stream_wire::stream(peer, &way, span))
@@ -169,7 +169,9 @@ fn ours(
         };
         let round = way.memory_bytes;
         ends.unpinned(over == Over::Rdma, |from, peer| match over {
-            Over::Tcp { .. } => lanes_wire::rounds(peer, from, &way, round, span, args.interval_ms),
+            Over::Tcp { .. } => {
+                lanes_wire::rounds(peer, from, &way, round, span, args.turns.interval_ms)
+            }
             Over::Rdma => lanes_wire::stream(peer, from, &way, round, args.mib << 20),
         })
     };
@@ -209,7 +211,7 @@ fn by_tool(
     let Shape { bytes, .. } = shape;
     match tool {
         Tool::Iperf3 => {
-            iperf(args, shape).stream(&ends.net, span(args), args.interval_ms).map(Some)
+            iperf(args, shape).stream(&ends.net, span(args), args.turns.interval_ms).map(Some)
         }
         Tool::Qperf => {
             let test = if rdma { Test::RdmaStream } else { Test::TcpStream };

@@ -2,28 +2,25 @@
 //! virtual machine.
 
 use std::cell::RefCell;
-use std::time::Duration;
 
 use clap::Args;
-use pageferry_ctl::lab::{GuestParams, one_at_a_time};
+use pageferry_ctl::lab::one_at_a_time;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::args::{Common, NetKind};
+use crate::args::Common;
 use crate::error::BenchError;
 use crate::goals::{Goal, Ratio};
 use crate::host::Host;
 use crate::parts::{Part, Parts};
 use crate::rails::networks;
 use crate::results::Results;
-use crate::rig::{GuestShape, Mover, Rig, SETTLE};
+use crate::rig::{GuestShape, Mover, Rig};
 use crate::series::{Kind, Reading, Series, ratio};
 use crate::turns::{self, Entrant, Setting};
 use crate::{output, shaped};
 
 const NAME: &str = "ways";
-/// Kernel, initramfs and program.
-const GUEST_OWN_MIB: u64 = 192;
 /// Of each page, in percent, so that a codec makes a third of it.
 const THREE_TO_ONE: u32 = 67;
 /// Compression is to win this much on 1 Gbit/s where memory packs three to one, and to lose no more
@@ -91,11 +88,12 @@ pub(crate) fn run(args: &WaysArgs) -> Result<(), BenchError> {
 fn on_rails(args: &WaysArgs) -> Result<Results, BenchError> {
     // The virtual machine's part takes the lock itself.
     let _alone = one_at_a_time();
-    let mut common = args.common.clone();
-    common.net = NetKind::Veth;
+    let common = shaped::common(&args.common);
     let mut results: Option<Results> = None;
     for packing_percent in [0, THREE_TO_ONE] {
-        let mut rig = Rig::new(&common, shape(args, packing_percent))?;
+        let mut shape = GuestShape::idle(args.mib, common.memory);
+        shape.params.packing_percent = packing_percent;
+        let mut rig = Rig::new(&common, shape)?;
         for rail in 0..2 {
             rig.net().rail(rail, args.mbit)?;
         }
@@ -103,34 +101,19 @@ fn on_rails(args: &WaysArgs) -> Result<Results, BenchError> {
         let results = results.get_or_insert_with(|| Results::of_guests(NAME, &host, json!(args)));
         output::progress("starting the guest and filling its memory");
         rig.guest()?;
-        let series = measure(args, packing_percent, rig)?;
+        let series = measure(args, &common, packing_percent, rig)?;
         results.ratios.extend(ratios(&series, packing_percent));
         results.series.extend(series);
     }
     Ok(results.expect("two guests"))
 }
 
-fn shape(args: &WaysArgs, packing_percent: u32) -> GuestShape {
-    GuestShape {
-        memory_mib: (args.mib + args.mib / 24 + GUEST_OWN_MIB) & !1,
-        params: GuestParams {
-            fill_mib: args.mib,
-            hot_mib: 1,
-            writers: 1,
-            pages_per_second: 1,
-            packing_percent,
-            ..GuestParams::default()
-        },
-        smp: 1,
-        memory: args.common.memory,
-        prealloc: true,
-        kernel_words: String::new(),
-        fresh_after: Duration::ZERO,
-        settle: SETTLE,
-    }
-}
-
-fn measure(args: &WaysArgs, packing_percent: u32, rig: Rig) -> Result<Vec<Series>, BenchError> {
+fn measure(
+    args: &WaysArgs,
+    common: &Common,
+    packing_percent: u32,
+    rig: Rig,
+) -> Result<Vec<Series>, BenchError> {
     let packs = if packing_percent == 0 { "does not pack" } else { "packs 3:1" };
     let group = format!("{} MiB that {packs}, rails of {} Mbit/s", args.mib, args.mbit);
     let entrant = |who: Way| {
@@ -145,7 +128,7 @@ fn measure(args: &WaysArgs, packing_percent: u32, rig: Rig) -> Result<Vec<Series
     let rig = RefCell::new(rig);
     turns::take(args.common.turns(), &mut settings, |way| {
         let mut rig = rig.borrow_mut();
-        let (more, networks) = (&args.common.migrate_args, networks(0..way.rails));
+        let (more, networks) = (&common.migrate_args, networks(0..way.rails));
         rig.set_migrate_args(&format!("--compress {} {more}{networks}", way.compress));
         let hop = rig.hop(Mover::Pageferry, true)?;
         Ok(Some(shaped::taken(&hop, args.mib, args.mbit * u64::from(way.rails))))

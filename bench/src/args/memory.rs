@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::{OutputArgs, Tool, WireArgs};
+use super::{OutputArgs, TurnsArgs, WireArgs};
 
 /// The size of pages behind guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -124,15 +124,9 @@ pub(crate) struct PagesArgs {
     /// Faults intended in a second. Default: the next begins when the last has ended.
     #[arg(long, value_name = "N")]
     pub(crate) rate: Option<f64>,
-    /// One point of the time series, in milliseconds.
-    #[arg(long, value_name = "MS", default_value_t = 100)]
-    pub(crate) interval_ms: u64,
-    /// Times each contender runs.
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub(crate) turns: u32,
-    /// Tools to run beside it, in turns: perftest, for faults over RDMA.
-    #[arg(long, value_enum, value_delimiter = ',')]
-    pub(crate) vs: Vec<Tool>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(crate) turns: TurnsArgs,
     #[command(flatten)]
     pub(crate) wire: WireArgs,
 }

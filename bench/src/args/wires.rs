@@ -65,6 +65,21 @@ impl RdmaEndsArgs {
     }
 }
 
+/// How often everyone runs, who else, and how finely it is seen.
+#[derive(Clone, Debug, Args, Serialize)]
+pub(crate) struct TurnsArgs {
+    /// Times each contender runs.
+    #[arg(long = "turns", value_name = "N", default_value_t = 3)]
+    pub(crate) count: u32,
+    /// One point of the time series, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    pub(crate) interval_ms: u64,
+    /// Tools to run beside it, in turns, where they do such a thing; one that is not installed is left
+    /// out, and that is said.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub(crate) vs: Vec<Tool>,
+}
+
 /// Arguments of `latency`.
 #[derive(Clone, Debug, Args, Serialize)]
 pub(crate) struct LatencyArgs {
@@ -76,9 +91,6 @@ pub(crate) struct LatencyArgs {
     /// Sizes of messages in bytes.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "8,4096,65536")]
     pub(crate) sizes: Vec<u32>,
-    /// Times each contender runs.
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub(crate) turns: u32,
     /// Round trips of each run that count.
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     pub(crate) operations: u64,
@@ -88,13 +100,9 @@ pub(crate) struct LatencyArgs {
     /// Round trips intended in a second. Default: the next begins when the last has ended.
     #[arg(long, value_name = "N")]
     pub(crate) rate: Option<f64>,
-    /// One point of the time series, in milliseconds.
-    #[arg(long, value_name = "MS", default_value_t = 100)]
-    pub(crate) interval_ms: u64,
-    /// Tools to run beside it, in turns: those of perftest, qperf, sockperf that fit; one that is
-    /// not installed is left out, and that is said.
-    #[arg(long, value_enum, value_delimiter = ',')]
-    pub(crate) vs: Vec<Tool>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(crate) turns: TurnsArgs,
     #[command(flatten)]
     pub(crate) wire: WireArgs,
 }
@@ -156,9 +164,6 @@ pub(crate) struct ThroughputArgs {
     /// Memory of 2 MiB pages, for lanes and queue pairs.
     #[arg(long)]
     pub(crate) huge: bool,
-    /// Times each contender runs.
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub(crate) turns: u32,
     /// Seconds of each run over TCP that count; tools know whole ones.
     #[arg(long, value_name = "S", default_value_t = 2.0)]
     pub(crate) seconds: f64,
@@ -168,13 +173,9 @@ pub(crate) struct ThroughputArgs {
     /// MiB of each run over RDMA.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub(crate) mib: u64,
-    /// One point of the time series, in milliseconds.
-    #[arg(long, value_name = "MS", default_value_t = 100)]
-    pub(crate) interval_ms: u64,
-    /// Tools to run beside it, in turns: those of iperf3, qperf, sockperf, perftest that fit; one
-    /// that is not installed is left out, and that is said.
-    #[arg(long, value_enum, value_delimiter = ',')]
-    pub(crate) vs: Vec<Tool>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub(crate) turns: TurnsArgs,
     #[command(flatten)]
     pub(crate) wire: WireArgs,
 }
