@@ -345,18 +345,11 @@ fn what_a_drain_can_t_begin_with_is_said() -> Outcome {
     assert_eq!(mistyped.code, 2, "{}", mistyped.stderr);
     assert!(mistyped.stderr.contains("qpm"), "{}", mistyped.stderr);
     assert!(!workplace.file("state").exists(), "who is refused leaves nothing");
-    if which_virsh().is_none() {
-        let libvirt = run("libvirt", &["--libvirt", "--to", "127.0.0.1:1"])?;
-        assert_eq!(libvirt.code, 3, "{}", libvirt.stderr);
-        assert!(libvirt.stderr.contains("virsh list"), "{}", libvirt.stderr);
-        assert!(libvirt.stderr.contains("hint: apt install libvirt-clients"), "{}", libvirt.stderr);
-    } else {
-        skip("what_a_drain_can_t_begin_with_is_said", "its part without virsh: virsh is here");
-    }
+    let manner = Manner { under: &["env", "PATH=/none"], ..Manner::default() };
+    let all = ["drain", "--state-dir", &state, "--insecure", "--libvirt", "--to", "127.0.0.1:1"];
+    let libvirt = Agent::start_in(&workplace, None, "libvirt", &all, manner)?.wait(SOON)?;
+    assert_eq!(libvirt.code, 3, "{}", libvirt.stderr);
+    assert!(libvirt.stderr.contains("virsh list"), "{}", libvirt.stderr);
+    assert!(libvirt.stderr.contains("hint: apt install libvirt-clients"), "{}", libvirt.stderr);
     Ok(())
-}
-
-fn which_virsh() -> Option<std::path::PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|dir| dir.join("virsh")).find(|file| file.exists())
 }

@@ -48,7 +48,11 @@ fn taken() -> Failure {
         reason: AbortReason::Refused,
         by_peer: false,
         text: "another agent has claimed this guest".into(),
-        hint: Some("one migration at a time for each guest: wait for it, or end it".into()),
+        hint: Some(
+            "one migration at a time for each guest: wait for it, or end it; on one host, source \
+                        and target need memory files of their own"
+                .into(),
+        ),
     }
 }
 
