@@ -84,14 +84,9 @@ impl Fault {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// Whether it can happen then: there are no lanes before they are opened, and the long stops,
-    /// which cost 20 s each, are tried in one round.
+    /// Whether it can happen then: there are no lanes before they are opened.
     pub fn applies(self, moment: Moment) -> bool {
-        match self {
-            Self::ResetLane => moment != Moment::Negotiate,
-            Self::StopSourceAgentLong | Self::StopTargetAgentLong => moment == Moment::MiddleRound,
-            _ => true,
-        }
+        self != Self::ResetLane || moment != Moment::Negotiate
     }
 
     /// Whether the agents notice it by themselves where they are held: others are let go on as soon as
