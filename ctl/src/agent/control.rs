@@ -195,15 +195,7 @@ impl Control {
     /// The source's word, by other ways than this connection: its agent is gone, and with it
     /// whatever it had still to say here.
     pub fn hear_otherwise(&self, message: Message) {
-        let mut on_event = lock(&self.shared.delivery);
-        let mut state = self.state();
-        if std::mem::replace(&mut state.ended, true) {
-            return;
-        }
-        state.link.close();
-        drop(state);
-        self.shared.changed.notify_all();
-        on_event(Event::Message(message, self.shared.backlog.take(0)));
+        self.end(Event::Message(message, self.shared.backlog.take(0)));
     }
 
     /// The connection's NIC has no carrier: comes back another way now, rather than after a silence.

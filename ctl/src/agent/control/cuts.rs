@@ -70,6 +70,11 @@ impl Control {
 
     /// The peer is gone for good.
     pub(super) fn lose(&self, error: LinkError) {
+        self.end(Event::Lost(error));
+    }
+
+    /// Ends it with one last event, unless it has ended.
+    pub(super) fn end(&self, last: Event) {
         let mut on_event = lock(&self.shared.delivery);
         let mut state = self.state();
         if std::mem::replace(&mut state.ended, true) {
@@ -78,7 +83,7 @@ impl Control {
         state.link.close();
         drop(state);
         self.shared.changed.notify_all();
-        on_event(Event::Lost(error));
+        on_event(last);
     }
 
     /// Source: tries to come back until it is there or the patience is over.
