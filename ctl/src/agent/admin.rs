@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -241,27 +242,48 @@ fn serve(listener: &UnixListener, stop: &AtomicBool, answer: &dyn Fn(Request) ->
 }
 
 fn serve_one(stream: &UnixStream, answer: &dyn Fn(Request) -> Answer) -> io::Result<()> {
-    stream.set_read_timeout(Some(limits::ADMIN_WAIT))?;
     stream.set_write_timeout(Some(limits::ADMIN_WAIT))?;
-    hear_and_answer(stream, stream, answer)
+    let until = Instant::now() + limits::ADMIN_WAIT;
+    hear_and_answer(Patient { stream, until }, stream, answer)
 }
 
-/// Serves one caller: whatever he says is answered, and nothing is where he says nothing.
+/// What a caller says until a time, however he spreads it.
+struct Patient<'a> {
+    stream: &'a UnixStream,
+    until: Instant,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        let mut stream = self.stream;
+        stream.read(into).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+            _ => error,
+        })
+    }
+}
+
+/// Serves one caller: whatever he says is answered, and nothing is where he hangs up without a word.
 ///
 /// # Errors
-/// Those of reading and writing.
+/// If the answer can't be written.
 pub fn hear_and_answer(
     said: impl Read,
     heard: impl Write,
     answer: &dyn Fn(Request) -> Answer,
 ) -> io::Result<()> {
-    let line = read_line(said)?;
-    if line.is_empty() {
-        return Ok(());
-    }
-    let answer = match serde_json::from_slice(&line) {
-        Ok(request) => answer(request),
-        Err(error) => Answer::Error(error.to_string()),
+    let answer = match read_line(said) {
+        Ok(line) if line.is_empty() => return Ok(()),
+        Ok(line) => match serde_json::from_slice(&line) {
+            Ok(request) => answer(request),
+            Err(error) => Answer::Error(error.to_string()),
+        },
+        Err(error) => Answer::Error(format!("no whole line came: {error}")),
     };
     write_line(heard, &answer)
 }
@@ -370,6 +392,27 @@ mod tests {
         // Somebody who connects and says nothing, and then somebody who does.
         let _silent = UnixStream::connect(dir.join("aa01.sock")).unwrap();
         assert!(ask(&dir, "aa01", &Request::Status).is_ok());
+    }
+
+    #[test]
+    fn a_line_that_comes_byte_by_byte_is_not_waited_for() {
+        let (_keep, dir) = private();
+        let admin = Admin::start(&dir, "aa01", |_| Answer::Ok(Value::Null)).unwrap();
+        let slow = UnixStream::connect(dir.join("aa01.sock")).unwrap();
+        let mut says = slow.try_clone().unwrap();
+        let says = thread::spawn(move || {
+            // Longer than any answer takes, and not for ever.
+            (0..600)
+                .take_while(|_| {
+                    thread::sleep(limits::ADMIN_WAIT / 20);
+                    says.write_all(b" ").is_ok()
+                })
+                .count()
+        });
+        let answer = String::from_utf8(read_line(&slow).unwrap()).unwrap();
+        assert!(answer.contains("no whole line came: timed out"), "{answer:?}");
+        drop(admin);
+        says.join().unwrap();
     }
 
     #[test]
