@@ -1,5 +1,5 @@
-//! `link-table`: guests of several sizes, idle and loaded, over links of several speeds; of the largest
-//! also by QEMU, plain multifd and with zstd.
+//! `link-table`: guests of several sizes, idle and loaded, over links of several speeds; the largest also
+//! compressed, and by QEMU's multifd without and with zstd.
 
 use std::cell::RefCell;
 
@@ -31,7 +31,7 @@ pub(crate) struct LinkTableArgs {
     #[serde(flatten)]
     common: Common,
     /// Guest memory that its program fills with what no codec makes anything of, in MiB.
-    #[arg(long, value_name = "MIB,...", value_delimiter = ',', default_value = "64,128,256,512")]
+    #[arg(long, value_name = "MIB,...", value_delimiter = ',', default_value = "32,64,128,256")]
     sizes: Vec<u64>,
     /// Speeds of the link, in Mbit/s.
     #[arg(long, value_name = "MBIT,...", value_delimiter = ',', default_value = "1000,10000")]
@@ -42,12 +42,32 @@ pub(crate) struct LinkTableArgs {
     /// What it writes to, over and over, in percent of its memory.
     #[arg(long, value_name = "PERCENT", default_value_t = 12.5)]
     hot_percent: f64,
-    /// Who else moves the largest guest, in turns: qemu, by multifd without and with zstd.
+    /// Who else moves the largest guest, in turns: qemu, by multifd without and with zstd. Ours is then
+    /// compressed too.
     #[arg(long, value_enum, value_delimiter = ',')]
     vs: Vec<Tool>,
     /// QEMU's multifd channels.
     #[arg(long, value_name = "N", default_value_t = 4)]
     channels: u8,
+}
+
+/// Who moves a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Ours { compress: &'static str },
+    Qemu(QemuWay),
+}
+
+const OURS: Way = Way::Ours { compress: "off" };
+
+impl Way {
+    fn name(self) -> String {
+        match self {
+            OURS => "pageferry".into(),
+            Self::Ours { compress } => format!("pageferry, --compress {compress}"),
+            Self::Qemu(way) => way.name(),
+        }
+    }
 }
 
 /// One guest and its link.
@@ -77,7 +97,7 @@ pub(crate) fn run(args: &LinkTableArgs) -> Result<(), BenchError> {
             rig.guest()?;
             let rig = RefCell::new(rig);
             for (mbit, loaded) in cells {
-                let series = measure(args, &rig, Cell { mib, mbit, loaded })?;
+                let series = measure(args, &common, &rig, Cell { mib, mbit, loaded })?;
                 results.as_mut().expect("made above").series.extend(series);
             }
         }
@@ -116,6 +136,7 @@ fn shape(args: &LinkTableArgs, cell: Cell, memory: Option<MemoryKind>) -> GuestS
 /// Everyone's moves of one guest over one link.
 fn measure(
     args: &LinkTableArgs,
+    common: &Common,
     rig: &RefCell<Rig>,
     cell: Cell,
 ) -> Result<Vec<Series>, BenchError> {
@@ -123,38 +144,42 @@ fn measure(
     let with_qemu = args.vs.contains(&Tool::Qemu) && args.sizes.iter().all(|&mib| mib <= cell.mib);
     let qemu = |zstd| {
         let channels = Some(args.channels);
-        Mover::Qemu(QemuWay { channels, zstd, ..QemuWay::default() })
+        Way::Qemu(QemuWay { channels, zstd, ..QemuWay::default() })
     };
-    let theirs = [qemu(false), qemu(true)].into_iter().filter(|_| with_qemu);
-    let entrant = |who: Mover| {
+    let more = [qemu(false), Way::Ours { compress: "auto" }, qemu(true)];
+    let more = more.into_iter().filter(|_| with_qemu);
+    let entrant = |who: Way| {
         let parameters = json!({
             "who": who.name(), "mib": cell.mib, "mbit": cell.mbit, "loaded": cell.loaded,
+            "zstd": if let Way::Qemu(way) = who { Some(way.zstd) } else { None },
         });
         let by = format!("{}, {}", cell.name(), who.name());
         Entrant { who, series: Series::new(&cell.group(), &by, Kind::Link, parameters) }
     };
-    let setting: Setting<Mover> =
-        [Mover::Pageferry].into_iter().chain(theirs).map(entrant).collect();
+    let setting: Setting<Way> = [OURS].into_iter().chain(more).map(entrant).collect();
     let mut settings = [setting];
-    turns::take(args.common.turns(), &mut settings, |&mover| {
-        one_move(&mut rig.borrow_mut(), mover, cell).map(Some)
+    turns::take(args.common.turns(), &mut settings, |&way| {
+        one_move(&mut rig.borrow_mut(), common, way, cell).map(Some)
     })?;
     Ok(turns::series(settings.into()))
 }
 
-fn one_move(rig: &mut Rig, mover: Mover, cell: Cell) -> Result<Taken, BenchError> {
-    let hop = match mover {
-        Mover::Pageferry => rig.hop_checked(true)?,
-        Mover::Qemu(_) => {
+fn one_move(rig: &mut Rig, common: &Common, way: Way, cell: Cell) -> Result<Taken, BenchError> {
+    let hop = match way {
+        Way::Ours { compress } => {
+            rig.set_migrate_args(&format!("--compress {compress} {}", common.migrate_args));
+            rig.hop_checked(true)?
+        }
+        Way::Qemu(way) => {
             // One that lost writes before is slower, or ends, at this one's cost.
             if cell.loaded && rig.verify().is_err() {
                 rig.give_up_guest();
             }
-            rig.hop(mover, true)?
+            rig.hop(Mover::Qemu(way), true)?
         }
     };
     let mut taken = shaped::taken(&hop, cell.mib, cell.mbit);
-    if matches!(mover, Mover::Qemu(way) if way.zstd) {
+    if matches!(way, Way::Qemu(way) if way.zstd) {
         // QEMU 7.2 counts what it compresses as it was before.
         taken.said["link_percent"] = Value::Null;
     }
@@ -162,7 +187,7 @@ fn one_move(rig: &mut Rig, mover: Mover, cell: Cell) -> Result<Taken, BenchError
 }
 
 fn ratios(all: &[Series]) -> Vec<Ratio> {
-    let is_ours = |series: &Series| series.parameters["who"] == Mover::Pageferry.name();
+    let is_ours = |series: &Series| series.parameters["who"] == OURS.name();
     let with_runs = || all.iter().filter(|series| !series.runs.is_empty());
     let find = |like: &Series, loaded: bool| {
         let same = |of: &Series, name: &str| of.parameters[name] == like.parameters[name];
@@ -177,8 +202,18 @@ fn ratios(all: &[Series]) -> Vec<Ratio> {
         ratios
             .extend(find(ours, false).map(|idle| ratio("total, loaded", ours, idle, total, goal)));
     }
-    for theirs in with_runs().filter(|of| !is_ours(of)) {
-        let Some(ours) = find(theirs, theirs.parameters["loaded"] == true) else { continue };
+    // Each beside the one that does the same: compressed or not.
+    let of_qemu = |of: &&Series| of.parameters["zstd"].is_boolean();
+    for theirs in with_runs().filter(of_qemu) {
+        let is_like = |of: &&Series| {
+            let alike = |name: &str| of.parameters[name] == theirs.parameters[name];
+            !of_qemu(of)
+                && alike("mib")
+                && alike("mbit")
+                && alike("loaded")
+                && is_ours(of) != (theirs.parameters["zstd"] == true)
+        };
+        let Some(ours) = with_runs().find(is_like) else { continue };
         let not_longer = Some(Goal::AtMost(1.0));
         ratios.push(ratio("total", ours, theirs, total, not_longer));
         ratios.push(ratio("pause", ours, theirs, Reading::Said("pause_ms"), not_longer));

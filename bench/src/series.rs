@@ -230,7 +230,10 @@ pub(crate) fn ratio(
         what: format!("{}: {what}", ours.group),
         against: format!("{} to {}", ours.by, theirs.by),
         ratio: estimate.map(|estimate| estimate.ratio),
-        interval: estimate.map(|estimate| (estimate.low, estimate.high)),
+        // One run has no spread.
+        interval: estimate
+            .filter(|_| a.len() > 1 || b.len() > 1)
+            .map(|estimate| (estimate.low, estimate.high)),
         goal,
     }
 }
