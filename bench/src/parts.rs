@@ -15,7 +15,7 @@ use crate::results::Results;
 use crate::{files, interrupt, output};
 
 /// A part that takes longer hangs: the longest takes a third of it.
-const PART_SECONDS_MAX: u32 = 900;
+const PART_SECONDS_MAX: u32 = 600;
 /// The virtual machine ends its part by itself before that.
 const MACHINE_SECONDS_MAX: u32 = PART_SECONDS_MAX - 30;
 /// Whoever does not end after an interrupt is killed.

@@ -77,7 +77,7 @@ pub(crate) fn ping_pong(
     if way.verb == Verb::Send {
         end.receive(way.bytes)?;
         write_one(&mut end, &mut seen, way.bytes, READY)?;
-        await_byte(&end, way.bytes, READY)?;
+        await_ready(&end, way.bytes)?;
     }
     let recorded = run(pace, u64::from(way.bytes), || match way.verb {
         Verb::Write => {
@@ -116,7 +116,7 @@ pub(crate) fn serve_pong(
     // WRITE needs none; over iWARP who connected comes first.
     if way.verb == Verb::Send {
         end.receive(way.bytes)?;
-        await_byte(&end, way.bytes, READY)?;
+        await_ready(&end, way.bytes)?;
         write_one(&mut end, &mut seen, way.bytes, READY)?;
     }
     let mut answer = || match way.verb {
@@ -230,6 +230,15 @@ fn await_byte(end: &Bare, bytes: u32, seq: u8) -> Result<(), RdmaError> {
         }
         end.check()?;
     }
+}
+
+/// Waits for the other end's first receive. One that is not heard of in time is tried all the same.
+fn await_ready(end: &Bare, bytes: u32) -> Result<(), RdmaError> {
+    let until = Instant::now() + CONNECT_MAX;
+    while end.arrived(bytes)? != READY && Instant::now() < until {
+        end.check()?;
+    }
+    Ok(())
 }
 
 /// Completions that were seen and not yet waited for: the answer to a message may come before its own
