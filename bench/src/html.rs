@@ -55,18 +55,19 @@ pub(crate) fn page(results: &Results) -> String {
     out + "</body></html>\n"
 }
 
-/// Titles, each with how many of its aims were reached.
+/// Titles, each with how many of its goals were reached.
 fn contents(parts: &[Results]) -> String {
     let row = |(index, part): (usize, &Results)| {
         let judged: Vec<bool> = part.ratios.iter().filter_map(Ratio::reached).collect();
         let (count, reached) = (judged.len(), judged.iter().filter(|reached| **reached).count());
         let runs = part.series.iter().map(|series| series.runs.len()).max().unwrap_or(0);
         let failed: usize = part.series.iter().map(|series| series.failures.len()).sum();
-        let class = if reached == count && failed == 0 { "yes" } else { "no" };
-        let aims = if count == 0 { String::new() } else { format!("{reached} of {count}") };
+        let class = |is_good| if is_good { "yes" } else { "no" };
+        let (runs_class, class) = (class(failed == 0), class(reached == count));
+        let goals = if count == 0 { String::new() } else { format!("{reached} of {count}") };
         format!(
             "<tr><td><a href=\"#part-{index}\">{}</a></td><td>{}</td><td>{runs}</td>\
-             <td>{failed}</td><td class=\"{class}\">{aims}</td></tr>\n",
+             <td class=\"{runs_class}\">{failed}</td><td class=\"{class}\">{goals}</td></tr>\n",
             escaped(part.title()),
             part.series.len(),
         )
@@ -74,7 +75,7 @@ fn contents(parts: &[Results]) -> String {
     let rows: String = parts.iter().enumerate().map(row).collect();
     format!(
         "<h2>Contents</h2>\n<div class=\"scroll\"><table><tr><th>benchmark</th><th>series</th>\
-         <th>runs each</th><th>failed runs</th><th>aims reached</th></tr>\n{rows}</table></div>\n"
+         <th>runs each</th><th>failed runs</th><th>goals reached</th></tr>\n{rows}</table></div>\n"
     )
 }
 
