@@ -53,7 +53,7 @@ const PARTS: &[Part] = &[
     Part {
         title: "RDMA latency beside perftest and qperf",
         machine: Some(""),
-        arguments: "latency --over rdma-write,rdma-read,rdma-send --vs perftest,qperf --sizes 8,4096 --operations 2000 --warm-up 100",
+        arguments: "latency --over rdma-write,rdma-read,rdma-send --vs perftest,qperf --sizes 4096 --operations 2000 --warm-up 100",
         quick: SHORT,
     },
     Part {
@@ -65,7 +65,7 @@ const PARTS: &[Part] = &[
     Part {
         title: "Guest pages over RDMA: rounds and faults",
         machine: Some(""),
-        arguments: "pages --over rdma --vs perftest --memory-mib 32 --operations 500 --warm-up 20",
+        arguments: "pages --over rdma --vs perftest --page-sizes 4k --memory-mib 32 --operations 500 --warm-up 20",
         quick: "--seconds 0.5 --operations 50",
     },
     Part {
