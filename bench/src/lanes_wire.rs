@@ -143,6 +143,7 @@ impl<'a> Lanes<'a> {
                     lane: LaneId(lane),
                     ticket: TICKET,
                     cpu: way.cpu(lane),
+                    from: Vec::new(),
                     route: None,
                 };
                 let plan = ConnectPlan {

@@ -89,6 +89,70 @@ impl Topology {
     }
 }
 
+impl Topology {
+    /// The core for the worker of a lane whose packets are taken from the NIC on core `interrupt`:
+    /// one beside it on the same NUMA node that no lane has (`busy`) and no lane's queue interrupts,
+    /// so that both work at the same time; else that core itself, in whose cache the packets are;
+    /// else what is nearest. One of `cpus`, which lanes may use; `None` if there are none.
+    pub fn beside(
+        &self,
+        interrupt: usize,
+        cpus: &[usize],
+        busy: &[usize],
+        interrupted: &[usize],
+    ) -> Option<usize> {
+        let node = |cpu: usize| self.nodes.iter().position(|node| node.cpus.contains(&cpu));
+        let rank = |cpu: &usize| {
+            let away = node(*cpu) != node(interrupt);
+            let kind = match (busy.contains(cpu), *cpu == interrupt, interrupted.contains(cpu)) {
+                (false, false, false) if !away => 0,
+                (false, true, _) => 1,
+                (false, false, _) => 2,
+                (true, ..) => 3,
+            };
+            (kind, away, cpu.abs_diff(interrupt), *cpu)
+        };
+        cpus.iter().copied().min_by_key(rank)
+    }
+}
+
+/// What lanes may run on here, beside the guest of process `pid` with these vCPU threads and beside
+/// other guests.
+pub fn free_of_vcpus(pid: i32, threads: &[i32]) -> LaneCores {
+    let (root, topology) = (Path::new("/"), Topology::here());
+    let mut taken = pinned_by_vcpus(root, pid, threads, &topology.allowed);
+    for (pid, threads) in named_vcpus(root) {
+        taken.extend(pinned_by_vcpus(root, pid, &threads, &topology.allowed));
+    }
+    topology.for_lanes(None, &taken)
+}
+
+/// The vCPU threads of every QEMU that names them (`-name debug-threads=on`, as libvirt has it).
+fn named_vcpus(root: &Path) -> Vec<(i32, Vec<i32>)> {
+    let numbers = |path: &Path| -> Vec<i32> {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    };
+    let is = |path: std::path::PathBuf, named: fn(&str) -> bool| {
+        fs::read_to_string(path.join("comm")).is_ok_and(|name| named(&name))
+    };
+    let proc = root.join("proc");
+    let qemus = numbers(&proc).into_iter().filter(|pid| {
+        // `qemu-system-x86_64` cut to 15 letters, `qemu-kvm`, `kvm`.
+        is(proc.join(pid.to_string()), |name| name.starts_with("qemu") || name.starts_with("kvm"))
+    });
+    qemus
+        .map(|pid| {
+            let tasks = proc.join(pid.to_string()).join("task");
+            let threads = numbers(&tasks).into_iter();
+            // `CPU 3/KVM`
+            let is_vcpu = |name: &str| name.starts_with("CPU ") && name.contains('/');
+            let vcpus = threads.filter(|thread| is(tasks.join(thread.to_string()), is_vcpu));
+            (pid, vcpus.collect())
+        })
+        .collect()
+}
+
 /// The cores that the vCPU threads of process `pid` are pinned to; `threads` are their ids as QMP
 /// `query-cpus-fast` has them. A thread counts as pinned when it may not run on all of the cores
 /// that this process may (`allowed`); so a container around both pins nobody.
@@ -154,6 +218,37 @@ mod tests {
         let all = topology.for_lanes(None, &(0..8).collect::<Vec<_>>());
         assert_eq!(all.cpus.len(), 8);
         assert!(all.reason.contains("own every core"));
+    }
+
+    #[test]
+    fn a_worker_is_put_beside_its_queue() {
+        let node = |number, cpus: std::ops::Range<usize>| Node { number, cpus: cpus.collect() };
+        let topology =
+            Topology { nodes: vec![node(0, 0..4), node(1, 4..8)], ..Topology::default() };
+        let all: Vec<usize> = (0..8).collect();
+        // Two queues on 4 and 5: their workers on 6 and 7, not on the other node.
+        assert_eq!(topology.beside(4, &all, &[], &[4, 5]), Some(6));
+        assert_eq!(topology.beside(5, &all, &[6], &[4, 5]), Some(7));
+        // A queue on each core: every worker on its own.
+        assert_eq!(topology.beside(5, &all, &[4], &[4, 5, 6, 7]), Some(5));
+        // Cores of vCPUs are none of ours, whatever interrupts them.
+        assert_eq!(topology.beside(5, &[1, 2, 7], &[], &[4, 5, 6, 7]), Some(7));
+        assert_eq!(topology.beside(5, &[1, 2, 7], &[7], &[4, 5, 6, 7]), Some(2));
+        assert_eq!(topology.beside(5, &[7], &[7], &[4, 5, 6, 7]), Some(7));
+        assert_eq!(topology.beside(5, &[], &[], &[]), None);
+    }
+
+    #[test]
+    fn guests_that_name_their_threads_are_found() {
+        let dir = TempDir::new().unwrap();
+        let root = dir.path();
+        write(root, "proc/77/comm", "qemu-system-x86\n");
+        write(root, "proc/77/task/77/comm", "qemu-system-x86\n");
+        write(root, "proc/77/task/80/comm", "CPU 0/KVM\n");
+        write(root, "proc/78/comm", "bash\n");
+        write(root, "proc/78/task/78/comm", "CPU 0/KVM\n");
+        write(root, "proc/self/comm", "cores\n");
+        assert_eq!(named_vcpus(root), [(77, vec![80])]);
     }
 
     #[test]

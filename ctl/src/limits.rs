@@ -178,3 +178,7 @@ pub const DRAIN_TICK: Duration = Duration::from_millis(200);
 
 /// Migrations of one drain at the same time, at most: what a target takes by default.
 pub const DRAIN_PARALLEL_MAX: u32 = 16;
+
+/// Source ports that a lane tries, to land on its queue: others may have the first few; one that
+/// finds none of so many free is better opened from any.
+pub const RSS_PORTS_MAX: usize = 16;

@@ -45,6 +45,7 @@ pub fn run_with(
 ) -> Exit {
     let mut options = options(args);
     let facts = monitor.facts().clone();
+    options.lanes.leave_to_vcpus(facts.pid, &facts.vcpus);
     if let (None, Some(what)) = (&options.lanes.no_rdma, &facts.gives_memory_back) {
         // A page that a device has pinned stays the device's when the guest gets another for it.
         options.lanes.no_rdma = Some(format!("{what} may give memory back that RDMA has pinned"));
@@ -111,6 +112,7 @@ pub fn options(args: &MigrateArgs) -> SourceOptions {
             pin: args.pin,
             count: args.lanes,
             cpus: cpus(args.cpus.as_ref()),
+            cpus_told: args.cpus.is_some(),
             networks: args.network.clone(),
             everywhere: false,
             path: path(args.no_io_uring),
@@ -291,6 +293,9 @@ fn summary(
         zero_copy: zero_copy(&result.lanes),
         zero_copy_reason: zero_copy_reason(&result.lanes),
         rails: result.rails.clone(),
+        rss: result.rss.clone(),
+        cores_source: result.cores.0.clone(),
+        cores_target: result.cores.1.clone(),
         cuts_ms: result.cuts.iter().copied().map(ms).collect(),
         lanes_renewed: result.lanes_renewed,
         compression: Compression::of(&result.lanes),

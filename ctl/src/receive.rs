@@ -57,6 +57,7 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
             pin: args.pin,
             count: Some(args.lanes_max),
             cpus: cpus(args.cpus.as_ref()),
+            cpus_told: args.cpus.is_some(),
             networks: args.network.clone(),
             everywhere: acceptor.address().ip().is_unspecified(),
             path: path(args.no_io_uring),

@@ -74,6 +74,24 @@ pub const INJECT_SPIN_MAX: Duration = Duration::from_millis(1);
 /// Bytes of one mapping searched for a `syscall` instruction; the vdso is smaller.
 pub const CODE_SEARCH_BYTES: u64 = 1 << 20;
 
+/// Bytes of a NIC's RSS key: drivers have 40 to 52, the kernel's own buffer 52.
+pub const RSS_KEY_BYTES_MAX: usize = 256;
+
+/// Entries of a NIC's indirection table: NICs of today have up to 2048.
+pub const RSS_TABLE_MAX: usize = 4096;
+
+/// Queues of one NIC that lanes may be told to land on: as many as there may be lanes.
+pub const RSS_QUEUES_MAX: usize = LANES_MAX;
+
+/// Addresses of one NIC that are told with its queues.
+pub const RSS_ADDRESSES_MAX: usize = 64;
+
+/// NICs whose queues are told: each with a table of 2048 entries they fill a quarter of a header.
+pub const RSS_NICS_MAX: usize = 16;
+
+/// Cores whose use is told; the kernel's NR_CPUS is at most 8192.
+pub const CORES_MAX: usize = 8192;
+
 /// A control header: an offer of [`REGIONS_MAX`] regions with long names is about 200 KiB.
 pub const CONTROL_HEADER_BYTES_MAX: u64 = 1 << 20;
 

@@ -142,6 +142,7 @@ fn move_once(
         lane: LaneId(lane),
         ticket: Ticket([1; 32]),
         cpu: None,
+        from: Vec::new(),
         route: None,
     });
     let plan = ConnectPlan {

@@ -211,6 +211,7 @@ fn move_once(
         lane: LaneId(lane as u16),
         ticket,
         cpu: placed.source(lane),
+        from: Vec::new(),
         route: None,
     });
     let mut plan = ConnectPlan::new(listener.local_addr()?, session, lanes.collect());

@@ -55,7 +55,7 @@ impl Ceiling {
         let addr = listener.local_addr().map_err(host("getsockname"))?;
         let mut pairs = Vec::new();
         for _ in &self.cpus {
-            let source = socket::open(addr, None, self.tuning, limits::CONNECT_WAIT_MAX)
+            let source = socket::open(addr, None, None, self.tuning, limits::CONNECT_WAIT_MAX)
                 .map_err(host("connect"))?;
             let (target, _) = listener.accept().map_err(host("accept"))?;
             socket::tune(&target, self.tuning).map_err(host("setsockopt"))?;

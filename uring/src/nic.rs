@@ -64,6 +64,9 @@ pub struct Nic {
     pub channels: Option<Channels>,
     /// How received flows are spread over the queues; `None` when the driver has no RSS.
     pub rss: Option<Rss>,
+    /// Why that is not known.
+    #[serde(default)]
+    pub no_rss: Option<String>,
     /// Which core each receive queue interrupts, by queue; empty when not known.
     pub queue_irqs: Vec<QueueIrq>,
 }
@@ -111,6 +114,13 @@ pub struct Rss {
     pub key: Vec<u8>,
     /// The table: queue by the hash's lowest bits.
     pub indirection: Vec<u32>,
+    /// Whether the ports of TCP over IPv4 are hashed beside its addresses; `None` if the driver does
+    /// not say.
+    #[serde(default)]
+    pub tcp4_ports: Option<bool>,
+    /// The same over IPv6.
+    #[serde(default)]
+    pub tcp6_ports: Option<bool>,
 }
 
 /// What `ethtool` knows; a seam, so that tests bring their own NICs.
@@ -160,6 +170,11 @@ impl Nic {
         let pci = pci_device(&device);
         // Down or virtual interfaces answer -1, or EINVAL.
         let megabits = text(class.join("speed")).and_then(|text| text.parse::<u64>().ok());
+        let (rss, no_rss) = match ethtool.rss(name) {
+            Ok(rss) if !rss.indirection.is_empty() => (Some(rss), None),
+            Ok(_) => (None, Some("its driver has no indirection table".to_owned())),
+            Err(error) => (None, Some(format!("its driver does not tell: {error}"))),
+        };
         Self {
             name: name.to_owned(),
             is_up: link.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_LOWER_UP),
@@ -174,7 +189,8 @@ impl Nic {
             mtu_bytes: text(class.join("mtu")).and_then(|text| text.parse().ok()),
             bits_per_second: megabits.filter(|mbit| *mbit > 0).map(|mbit| mbit * 1_000_000),
             channels: ethtool.channels(name).ok(),
-            rss: ethtool.rss(name).ok().filter(|rss| !rss.indirection.is_empty()),
+            rss,
+            no_rss,
             queue_irqs: irq::queue_irqs(root, name, pci.as_deref()),
             pci: pci.and_then(|path| Some(path.file_name()?.to_str()?.to_owned())),
         }

@@ -13,6 +13,7 @@ use super::{Channels, EthtoolSource, HashFunction, Rss};
 
 const SIOCETHTOOL: libc::Ioctl = 0x8946;
 const ETHTOOL_GDRVINFO: u32 = 0x03;
+const ETHTOOL_GRXFH: u32 = 0x29;
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
 const ETHTOOL_GRSSH: u32 = 0x46;
 
@@ -20,6 +21,12 @@ const ETHTOOL_GRSSH: u32 = 0x46;
 const DRVINFO_WORDS: usize = 196 / 4;
 /// `struct ethtool_channels`.
 const CHANNELS_WORDS: usize = 9;
+/// `struct ethtool_rxnfc`: 192 bytes, of which ETHTOOL_GRXFH moves the first 16.
+const RXNFC_WORDS: usize = 192 / 4;
+/// Of its `data`: the two halves of the four bytes that ports are.
+const RXH_PORTS: u32 = 1 << 6 | 1 << 7;
+const TCP_V4_FLOW: u32 = 0x01;
+const TCP_V6_FLOW: u32 = 0x05;
 /// `struct ethtool_rxfh` without its array.
 const RXFH_WORDS: usize = 6;
 /// The largest tables in use have 2048 entries of indirection and a key of 52 bytes; the kernel
@@ -57,7 +64,7 @@ impl Ethtool {
         // - the descriptor is open: `self` owns it.
         // - `request` lives through the call; its name is terminated (checked above).
         // - the kernel reads and writes through `ifru_data` no more than the command's structure,
-        //   whose size is fixed and is that of `words` in `driver` and `channels`. For
+        //   whose size is fixed and is that of `words` in `driver`, `channels` and `ports`. For
         //   ETHTOOL_GRSSH it writes the header alone while both sizes in it are zero, and else
         //   refuses (EINVAL) sizes that are not the device's; `rss` asks with a header of zeros
         //   first, and then with as many words behind it as the sizes it names.
@@ -66,6 +73,18 @@ impl Ethtool {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+}
+
+impl Ethtool {
+    /// Whether a flow type's ports are hashed; `None` if the driver does not say.
+    fn ports(&self, interface: &str, flow: u32) -> Option<bool> {
+        let mut words = [0; RXNFC_WORDS];
+        (words[0], words[1]) = (ETHTOOL_GRXFH, flow);
+        self.call(interface, &mut words).ok()?;
+        // `data` is 64 bits; what we ask for is in its lower half.
+        let fields = if cfg!(target_endian = "little") { words[2] } else { words[3] };
+        Some(fields & RXH_PORTS == RXH_PORTS)
     }
 }
 
@@ -101,9 +120,11 @@ impl EthtoolSource for Ethtool {
         self.call(interface, &mut words)?;
         let (table, key) = words[RXFH_WORDS..].split_at(entries as usize);
         // The hash function's byte is the first of its word, in memory's order.
-        let [function, ..] = words[4].to_ne_bytes();
+        let [function, transformed, ..] = words[4].to_ne_bytes();
         Ok(Rss {
             function: match function {
+                // What is hashed was folded before (symmetric XOR): another function.
+                _ if !matches!(transformed, 0 | 0xff) => HashFunction::Unknown,
                 1 => HashFunction::Toeplitz,
                 2 => HashFunction::Xor,
                 4 => HashFunction::Crc32,
@@ -111,6 +132,8 @@ impl EthtoolSource for Ethtool {
             },
             key: key.iter().flat_map(|word| word.to_ne_bytes()).take(key_bytes as usize).collect(),
             indirection: table.to_vec(),
+            tcp4_ports: self.ports(interface, TCP_V4_FLOW),
+            tcp6_ports: self.ports(interface, TCP_V6_FLOW),
         })
     }
 }

@@ -80,6 +80,9 @@ pub struct LanePlan {
     pub ticket: Ticket,
     /// The core to pin its worker to.
     pub cpu: Option<usize>,
+    /// Local addresses to connect from, the best first: ports that lead to a queue of the target's.
+    /// Those that are taken are passed over; if all are, or there are none, the kernel chooses.
+    pub from: Vec<SocketAddr>,
     /// Where it leads and through which NIC, if not where the system's routes lead it.
     pub route: Option<LaneRoute>,
 }

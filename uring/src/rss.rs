@@ -80,6 +80,31 @@ pub fn ports_to(
         .collect()
 }
 
+/// Where a lane was to arrive, and the kernel's number for the queue where it did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrived<'a> {
+    /// The NIC that took it in.
+    pub device: &'a str,
+    /// The queue that its ports were chosen for.
+    pub queue: u32,
+    /// What the kernel calls the queue that its packets come from, if it says.
+    pub napi: Option<u32>,
+}
+
+/// Which of the lanes arrived as was meant: those for one queue together, and apart from all others.
+/// The kernel's numbers are not the NIC's, so that is all there is to tell, and all that matters.
+pub fn arrived_apart(lanes: &[Arrived<'_>]) -> Vec<bool> {
+    let as_meant = |one: &Arrived<'_>| {
+        let of_same_nic = |other: &&Arrived<'_>| other.device == one.device;
+        one.napi.is_some()
+            && lanes
+                .iter()
+                .filter(of_same_nic)
+                .all(|other| (other.queue == one.queue) == (other.napi == one.napi))
+    };
+    lanes.iter().map(as_meant).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -126,6 +151,8 @@ mod tests {
             function: HashFunction::Toeplitz,
             key: KEY.to_vec(),
             indirection: (0..128).map(|entry| entry % queues).collect(),
+            tcp4_ports: Some(true),
+            tcp6_ports: Some(true),
         }
     }
 
@@ -155,6 +182,26 @@ mod tests {
             flow_hash(&KEY, "10.0.0.1:1".parse().unwrap(), "[::1]:1".parse().unwrap()),
             None
         );
+    }
+
+    #[test]
+    fn lanes_are_placed_where_queues_that_differ_are_found_to_differ() {
+        let of = |lanes: &[(&'static str, u32, u32)]| {
+            let arrived = lanes.iter().map(|&(device, queue, napi)| {
+                let napi = Some(napi).filter(|napi| *napi > 0);
+                Arrived { device, queue, napi }
+            });
+            arrived_apart(&arrived.collect::<Vec<_>>())
+        };
+        assert_eq!(of(&[("a", 0, 81), ("a", 1, 82), ("b", 0, 91)]), [true; 3]);
+        // More lanes than queues: two share one, as was meant.
+        assert_eq!(of(&[("a", 0, 81), ("a", 1, 82), ("a", 0, 81)]), [true; 3]);
+        // The NIC goes by another table, or by none.
+        assert_eq!(of(&[("a", 0, 81), ("a", 1, 81), ("a", 2, 83)]), [false, false, true]);
+        assert_eq!(of(&[("a", 0, 81), ("a", 0, 82), ("a", 2, 83)]), [false, false, true]);
+        // A kernel that does not tell.
+        assert_eq!(of(&[("a", 0, 0), ("a", 1, 82)]), [false, true]);
+        assert!(of(&[]).is_empty());
     }
 
     proptest! {

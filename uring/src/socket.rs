@@ -21,14 +21,16 @@ const UNPACED: &str = "reno";
 /// Whether somebody listens at the end of `route`, and can be reached through its NIC: connects, says
 /// nothing, and hangs up.
 pub fn reaches(route: &LaneRoute, within: Duration) -> bool {
-    open(route.to, Some(route), SocketTuning::default(), within).is_ok()
+    open(route.to, Some(route), None, SocketTuning::default(), within).is_ok()
 }
 
 /// Connects, tuned before the handshake: the buffers decide about the window, and a congestion
-/// control that has begun to pace leaves its pacing behind when it is replaced.
+/// control that has begun to pace leaves its pacing behind when it is replaced. `from` is a local
+/// address better than the route's own.
 pub(crate) fn open(
     addr: SocketAddr,
     route: Option<&LaneRoute>,
+    from: Option<SocketAddr>,
     tuning: SocketTuning,
     wait: Duration,
 ) -> io::Result<TcpStream> {
@@ -45,7 +47,9 @@ pub(crate) fn open(
         if let Err(errno) = setsockopt(&fd, sockopt::BindToDevice, &device) {
             tracing::debug!(%errno, route.device, "a lane is not bound to its NIC");
         }
-        bind(fd.as_raw_fd(), &SockaddrStorage::from(route.from))?;
+    }
+    if let Some(from) = from.or(route.map(|route| route.from)) {
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(from))?;
     }
     connect(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
     Ok(TcpStream::from(fd))

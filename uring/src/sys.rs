@@ -354,6 +354,34 @@ fn tcp_info(socket: BorrowedFd<'_>) -> Option<[u64; 32]> {
     (got == 0).then_some(info)
 }
 
+/// The kernel's number for the receive queue that this connection's packets come from, and the core
+/// that took the last of them from it; each `None` where it does not tell.
+pub(crate) fn incoming(socket: BorrowedFd<'_>) -> (Option<u32>, Option<usize>) {
+    let napi = socket_number(socket, libc::SO_INCOMING_NAPI_ID);
+    let cpu = socket_number(socket, libc::SO_INCOMING_CPU);
+    // Loopback and veth have no queues, and no number; -1 is a core that is not known.
+    let napi = napi.and_then(|id| u32::try_from(id).ok()).filter(|id| *id > 0);
+    (napi, cpu.and_then(|cpu| usize::try_from(cpu).ok()))
+}
+
+fn socket_number(socket: BorrowedFd<'_>, option: libc::c_int) -> Option<libc::c_int> {
+    let mut number: libc::c_int = 0;
+    let mut len = mem::size_of_val(&number) as libc::socklen_t;
+    // SAFETY:
+    // - `socket` is open while borrowed.
+    // - `number` is writable for `len` bytes, and the kernel writes no more than `len`.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut number).cast(),
+            &mut len,
+        )
+    };
+    (got == 0).then_some(number)
+}
+
 /// Throws away what a connection still has to send, and ends it: `connect` to nowhere.
 pub(crate) fn disconnect(socket: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: `sockaddr` is plain data for which zero bytes mean the family AF_UNSPEC.

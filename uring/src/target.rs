@@ -5,6 +5,7 @@
 //! name memory, and every name is checked.
 
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -22,7 +23,7 @@ use rustls::Connection;
 use crate::plan::{TargetLaneConfig, ZeroCopyWish};
 use crate::socket;
 use crate::stats::{Tally, record};
-use crate::sys::{Order, Parcel};
+use crate::sys::{self, Order, Parcel};
 use crate::wire::{Line, Wire, WireError};
 use crate::worker::{Start, Worker};
 
@@ -81,6 +82,12 @@ impl TargetLane {
             receiver.finish(cpu)
         })?;
         Ok(Self { lane, line, placed, worker: Some(worker) })
+    }
+
+    /// Where its packets come from: the kernel's number for the receive queue, and the core that
+    /// takes them from there; each `None` where the kernel does not tell.
+    pub fn incoming(&self) -> (Option<u32>, Option<usize>) {
+        sys::incoming(self.line.socket().as_fd())
     }
 
     /// Its number in the session.

@@ -67,6 +67,11 @@ impl ArrivingLane {
         &self.hello
     }
 
+    /// Where it comes from, and to which address of ours; nothing of one that is gone again.
+    pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        Some((self.stream.peer_addr().ok()?, self.stream.local_addr().ok()?))
+    }
+
     /// Whether it came in through TLS.
     pub fn is_encrypted(&self) -> bool {
         self.tls.is_some()

@@ -101,6 +101,7 @@ mod tests {
             encrypt: false,
             codecs,
             nics: 0,
+            rss: false,
         };
         let unknown = vec![CodecName::Unknown, CodecName::Zstd, CodecName::Zstd];
         assert_eq!(accepted_codecs(&offer(unknown)), [CodecName::Zstd]);

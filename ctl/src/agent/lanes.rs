@@ -21,8 +21,10 @@ use pageferry_uring::plan::{
 use pageferry_uring::source::LanePool;
 
 use super::compress::Compress;
+use super::queues::{self, Picked};
 use super::rails::{self, Rail};
 use super::rdma;
+use crate::cores;
 
 /// Eight connections fill 100 GbE; more only cost.
 const LANES_DEFAULT_MAX: u16 = 8;
@@ -62,6 +64,8 @@ pub struct LaneChoice {
     pub count: Option<u16>,
     /// Cores that lanes may use, in the order they are used.
     pub cpus: Vec<usize>,
+    /// They were told, and are used whoever else has them.
+    pub cpus_told: bool,
     /// Networks that lanes over TCP may take, the best first; all if none is named.
     pub networks: Vec<IpNet>,
     /// Target: lanes are taken at every address of this host.
@@ -91,6 +95,16 @@ impl LaneChoice {
             (_, PathWish::Plain) => vec![LanePath::TcpPlain],
         };
         rdma.into_iter().chain(tcp).collect()
+    }
+
+    /// Keeps off cores that vCPUs are pinned to, of the guest of process `pid` with these vCPU threads
+    /// or of others, unless the cores were told.
+    pub fn leave_to_vcpus(&mut self, pid: i32, threads: &[i32]) {
+        if !self.cpus_told {
+            let free = cores::free_of_vcpus(pid, threads);
+            tracing::info!(cpus = ?free.cpus, reason = free.reason, "cores for lanes");
+            self.cpus = free.cpus;
+        }
     }
 
     /// Target: how many lanes a session gets.
@@ -183,7 +197,8 @@ pub fn open_rdma(
     rdma::connect(address, session, plans.collect(), (lanes.pin, &lanes.pacer), memory, events)
 }
 
-/// Source: connects every lane of the choice over TCP, by `rails` if there are any.
+/// Source: connects every lane of the choice over TCP, by `rails` if there are any, each to a receive
+/// queue of its own where the target tells enough.
 pub fn open(
     (address, rails): (SocketAddr, &[Rail]),
     session: SessionId,
@@ -192,7 +207,8 @@ pub fn open(
     same_host: bool,
     memory: &GuestMemory,
     events: Sender<LaneEvent>,
-) -> Result<Box<dyn SourceLanes>, LaneError> {
+) -> Result<(Box<dyn SourceLanes>, Picked), LaneError> {
+    let picked = queues::pick(&choice.queues, choice.lanes.len(), (address, rails), session);
     let cpu_of = |lane: usize, theirs: Option<u16>| match same_host {
         true => theirs.map(usize::from).filter(|cpu| lanes.cpus.contains(cpu)),
         false => lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
@@ -201,6 +217,7 @@ pub fn open(
         lane: LaneId(lane as u16),
         ticket: ticket.over_tcp.unwrap_or(ticket.ticket),
         cpu: cpu_of(lane, ticket.cpu),
+        from: picked.from[lane].clone(),
         route: rails.get(lane % rails.len().max(1)).map(Rail::route),
     });
     let defaults = ConnectPlan::new(address, session, plans.collect());
@@ -220,7 +237,8 @@ pub fn open(
         progress_wait: rails::progress_wait(rails.len()).unwrap_or(defaults.progress_wait),
         ..defaults
     };
-    Ok(Box::new(LanePool::connect(&plan, memory.clone(), events)?))
+    let lanes = LanePool::connect(&plan, memory.clone(), events)?;
+    Ok((Box::new(lanes), picked))
 }
 
 fn tuning(same_host: bool) -> SocketTuning {

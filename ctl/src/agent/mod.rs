@@ -19,12 +19,14 @@ pub mod allow;
 pub mod backlog;
 pub mod compress;
 pub mod control;
+pub mod core_use;
 mod digest_job;
 pub mod failure;
 mod hold;
 pub mod lanes;
 pub mod link;
 pub mod monitor;
+pub mod queues;
 pub mod rails;
 #[cfg(feature = "rdma")]
 pub mod rdma;

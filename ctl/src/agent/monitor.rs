@@ -23,6 +23,8 @@ pub struct GuestFacts {
     pub machine: String,
     /// The monitor's pid.
     pub pid: i32,
+    /// The threads of its vCPUs, if they are known.
+    pub vcpus: Vec<i32>,
     /// Its regions, in the order that numbers them.
     pub regions: Vec<RegionOffer>,
     /// Why a drain point is needed (a disk whose direct I/O escapes the tracker), if one is.
@@ -101,6 +103,11 @@ pub trait SourceMonitor: Send {
 pub trait TargetMonitor: Send {
     /// The monitor's pid.
     fn pid(&self) -> i32;
+
+    /// The threads of its vCPUs, as far as it says.
+    fn vcpus(&self) -> Vec<i32> {
+        Vec::new()
+    }
 
     /// Whether the monitor is still there: without it, memory would be moved for nobody.
     fn is_alive(&self) -> bool;

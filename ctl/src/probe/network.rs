@@ -7,6 +7,7 @@ use pageferry_uring::cpulist;
 use pageferry_uring::nic::{HashFunction, Nic};
 
 use super::finding::{Finding, Group, number, text};
+use crate::agent::queues;
 use crate::report::units;
 
 /// Below this speed a link is full whatever its packets' size.
@@ -99,7 +100,7 @@ fn nic(nic: &Nic) -> Vec<Finding> {
     let mut findings = vec![link(nic)];
     // A virtual NIC's queues are cores of the one that takes its packets.
     if !nic.is_virtual {
-        findings.push(queues(nic));
+        findings.push(queues_of(nic));
     }
     findings
 }
@@ -128,20 +129,22 @@ fn link(nic: &Nic) -> Finding {
     }
 }
 
-fn queues(nic: &Nic) -> Finding {
+fn queues_of(nic: &Nic) -> Finding {
     let name = format!("net.{}.queues", nic.name);
     let mut value = match nic.channels {
         Some(channels) => format!("{} receiving", channels.receiving()),
         None => "unknown".into(),
     };
-    match &nic.rss {
-        Some(rss) => value.push_str(&format!(
+    if let Some(rss) = &nic.rss {
+        value.push_str(&format!(
             "; RSS {}, key of {} bytes, table of {}",
             hash(rss.function),
             rss.key.len(),
             rss.indirection.len(),
-        )),
-        None => value.push_str("; no RSS table to be read"),
+        ));
+    }
+    if let Some(why) = queues::why_not(nic) {
+        value.push_str(&format!("; lanes get no queues for themselves: {why}"));
     }
     let map: Vec<String> = nic
         .queue_irqs

@@ -102,6 +102,8 @@ fn card(cores: &[usize]) -> Nic {
         numa_node: Some(0),
         channels: Some(Channels { rx: 0, tx: 0, combined: 2, combined_max: 64 }),
         rss: Some(Rss {
+            tcp4_ports: Some(true),
+            tcp6_ports: None,
             function: HashFunction::Toeplitz,
             key: vec![1; 52],
             indirection: vec![0, 1, 0, 1],

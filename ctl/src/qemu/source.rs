@@ -287,6 +287,7 @@ fn facts(qmp: &Qmp, qemu: &QemuFacts, scan: ScanPhases, kvm: bool) -> Result<Gue
         monitor: format!("QEMU {}", qmp.version()),
         machine: qemu.machine.clone(),
         pid: qemu.process.pid(),
+        vcpus: super::vcpu_threads(qmp),
         regions,
         drain,
         gives_memory_back: qemu.balloons.first().map(|device| format!("device {device}")),

@@ -58,6 +58,10 @@ impl TargetMonitor for QemuTarget {
         self.qemu.process.pid()
     }
 
+    fn vcpus(&self) -> Vec<i32> {
+        super::vcpu_threads(&self.qmp)
+    }
+
     fn is_alive(&self) -> bool {
         self.qemu.process.is_alive()
     }

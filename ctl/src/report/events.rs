@@ -9,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use std::io;
 
+use pageferry_datapath::control::{CoreUse, LanePlaced};
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
 use serde::{Deserialize, Serialize};
 
@@ -283,6 +284,16 @@ pub struct Summary {
     /// What lanes were spread over; empty where they went where the control connection goes.
     #[serde(default)]
     pub rails: Vec<RailDetail>,
+    /// Whether each lane got a receive queue of the target's NIC for itself; null without lanes over
+    /// TCP.
+    #[serde(default)]
+    pub rss: Option<RssDetail>,
+    /// How busy each core of the source was while lanes were open, with everybody's work.
+    #[serde(default)]
+    pub cores_source: Vec<CoreUse>,
+    /// The same of the target, until the last round before the pause.
+    #[serde(default)]
+    pub cores_target: Vec<CoreUse>,
     /// For how many milliseconds the target was cut off, each time that it came back.
     #[serde(default)]
     pub cuts_ms: Vec<f64>,
@@ -364,6 +375,19 @@ pub struct RailDetail {
     pub lanes: u32,
     /// Guest memory moved over it, zero pages not counted.
     pub moved_bytes: u64,
+}
+
+/// Lanes on receive queues of the target.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RssDetail {
+    /// Lanes that arrived at the queue that their port was picked for, as the target's sockets say.
+    pub placed: usize,
+    /// Of so many.
+    pub lanes: usize,
+    /// Why not all; null if all.
+    pub reason: Option<String>,
+    /// What the target said of each; empty if it said nothing.
+    pub queues: Vec<LanePlaced>,
 }
 
 /// What one lane did.

@@ -1,5 +1,6 @@
 //! A summary for tests, with every field filled in.
 
+use pageferry_datapath::control::CoreUse;
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
 
 use super::compression::Compression;
@@ -46,6 +47,9 @@ pub(super) fn summary() -> Summary {
         zero_copy: ZeroCopy::Copied,
         zero_copy_reason: None,
         rails: Vec::new(),
+        rss: Some(RssDetail { placed: 2, lanes: 2, reason: None, queues: vec![] }),
+        cores_source: vec![CoreUse { cpu: 0, percent: 40 }, CoreUse { cpu: 1, percent: 88 }],
+        cores_target: vec![CoreUse { cpu: 3, percent: 97 }],
         cuts_ms: Vec::new(),
         lanes_renewed: 0,
         compression: Some(Compression {
@@ -121,6 +125,9 @@ pub(super) fn refused() -> Summary {
         zero_bytes: 0,
         wire_bytes: 0,
         zero_copy: ZeroCopy::Off,
+        rss: None,
+        cores_source: Vec::new(),
+        cores_target: Vec::new(),
         compression: None,
         brownout_ms: None,
         blackout_ms: None,

@@ -1,10 +1,13 @@
 //! The report at the end, for people: one table that fits a terminal.
 
 use console::Style;
+use pageferry_datapath::control::CoreUse;
 use pageferry_datapath::lane::{LanePath, ZeroCopy};
 use pageferry_uring::cpulist;
 
-use super::events::{Latency, MigrationOutcome, RailDetail, RunningOn, Secured, Summary};
+use super::events::{
+    Latency, MigrationOutcome, RailDetail, RssDetail, RunningOn, Secured, Summary,
+};
 use super::units;
 
 /// The whole report, with a newline at its end. A failure's reason and hint are not in it: they go
@@ -67,6 +70,9 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
         };
         rows.push(("zero-copy", format!("{zero_copy}{}", reason(&summary.zero_copy_reason))));
     }
+    if let Some(rss) = &summary.rss {
+        rows.push(("rss", placed(rss)));
+    }
     let rails = summary.rails.iter().map(rail);
     rows.extend(rails.enumerate().map(|(n, line)| (if n == 0 { "rails" } else { "" }, line)));
     if summary.lanes_renewed > 0 {
@@ -94,6 +100,12 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
     }
     rows.push(("total", units::millis(summary.total_ms)));
     rows.push(("CPU", cpu(summary)));
+    let busy = [("source", &summary.cores_source), ("target", &summary.cores_target)];
+    let busy: Vec<String> =
+        busy.into_iter().filter_map(|(end, cores)| busiest(end, cores)).collect();
+    if !busy.is_empty() {
+        rows.push(("cores", busy.join("; ")));
+    }
     if summary.outcome == MigrationOutcome::Migrated {
         let verified = match summary.verified {
             true => "yes: both sides' memory was the same inside the pause",
@@ -141,6 +153,32 @@ fn cores(summary: &Summary) -> String {
         1 => format!(", on core {}", cores[0]),
         _ => format!(", on cores {}", cpulist::format(&cores)),
     }
+}
+
+fn placed(rss: &RssDetail) -> String {
+    let reason = rss.reason.as_deref().unwrap_or_default();
+    match rss.placed {
+        0 => format!("not placed: {reason}"),
+        placed if placed == rss.lanes => format!("placed {placed} of {placed} lanes"),
+        placed => format!("placed {placed} of {} lanes: {reason}", rss.lanes),
+    }
+}
+
+/// Cores named in the report, the busiest first.
+const CORES_SHOWN: usize = 4;
+
+fn busiest(end: &str, cores: &[CoreUse]) -> Option<String> {
+    let mut cores = cores.to_vec();
+    cores.sort_by_key(|core| (std::cmp::Reverse(core.percent), core.cpu));
+    let mut shown: Vec<String> = cores
+        .iter()
+        .take(CORES_SHOWN)
+        .map(|core| format!("{} {} %", core.cpu, core.percent))
+        .collect();
+    if cores.len() > CORES_SHOWN {
+        shown.push("the others less".into());
+    }
+    (!shown.is_empty()).then(|| format!("{end} {}", shown.join(", ")))
 }
 
 fn rail(rail: &RailDetail) -> String {
@@ -256,6 +294,7 @@ migrated: the guest runs on the target
   tracker   uffd-one-phase (writes to a test mapping were reported)
   lanes     2, on cores 0-1
   zero-copy the kernel copied; switched off
+  rss       placed 2 of 2 lanes
   compress  lz4, 900 MiB became 300 MiB (300 MiB/s against 110 MiB/s before)
   memory    2.00 GiB, 1.07 GiB populated, 1.17 GiB moved, 1.17 GiB on the wire
   rounds    4, moved at 3.00 GiB/s
@@ -266,6 +305,7 @@ migrated: the guest runs on the target
             load 15.0 ms, commit 800 µs, resume 2.00 ms
   total     810 ms
   CPU       source 0.41 s, target 0.52 s (0.79 s per GiB moved)
+  cores     source 1 88 %, 0 40 %; target 3 97 %
   verified  yes: both sides' memory was the same inside the pause
 
   latency      count       p50       p90       p99     p99.9       max
@@ -273,6 +313,21 @@ migrated: the guest runs on the target
 ";
         assert_eq!(summary(&sample::summary(), false), golden);
         assert!(golden.lines().all(|line| line.chars().count() <= 80), "fits a terminal");
+    }
+
+    #[test]
+    fn lanes_that_share_a_queue_are_told_with_the_reason() {
+        let rss = |placed, reason: Option<&str>| {
+            let reason = reason.map(str::to_owned);
+            self::placed(&RssDetail { placed, lanes: 4, reason, queues: vec![] })
+        };
+        assert_eq!(rss(4, None), "placed 4 of 4 lanes");
+        assert_eq!(rss(2, Some("two differ")), "placed 2 of 4 lanes: two differ");
+        assert_eq!(rss(0, Some("lo has no RSS")), "not placed: lo has no RSS");
+        let cores: Vec<_> = (0..9).map(|cpu| CoreUse { cpu, percent: cpu as u8 }).collect();
+        let text = busiest("source", &cores).unwrap();
+        assert_eq!(text, "source 8 8 %, 7 7 %, 6 6 %, 5 5 %, the others less");
+        assert_eq!(busiest("source", &[]), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::cut::{Heard, LanesLost, NewLanes, Rejoin};
 use super::frame::MalformedWhat;
+use super::queues::{LanesPlaced, NicQueues};
 use super::recover::{Recover, Recovered};
 use crate::bitmap::DirtySet;
 use crate::codec::CodecName;
@@ -161,6 +162,9 @@ pub struct LaneOffer {
     /// NICs that the source could spread them over; 0 of one that does not.
     #[serde(default, skip_serializing_if = "is_none_or_one")]
     pub nics: u16,
+    /// The source puts each on a receive queue of its own, and wants to be told where they arrived.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rss: bool,
 }
 
 fn is_none_or_one(nics: &u16) -> bool {
@@ -192,6 +196,9 @@ pub struct Choice {
     /// of a target that takes them nowhere but there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<LaneAddress>,
+    /// How the NICs that take lanes spread them over queues, for a source that asked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub queues: Vec<NicQueues>,
 }
 
 /// An address of the target that takes lanes.
@@ -380,6 +387,8 @@ messages! {
     Recover = 23,
     /// The answer.
     Recovered = 24,
+    /// Target, to a source that asked for it: which queues the lanes arrive at.
+    LanesPlaced = 25,
     /// Either, now and then: how many messages were heard so far, and that this side is there.
     Heard = 128,
 }
@@ -412,6 +421,7 @@ pub enum Message {
     NewLanes(NewLanes),
     Recover(Recover),
     Recovered(Recovered),
+    LanesPlaced(LanesPlaced),
     Heard(Heard),
 }
 
@@ -443,6 +453,7 @@ impl Message {
             Self::NewLanes(_) => MessageKind::NewLanes,
             Self::Recover(_) => MessageKind::Recover,
             Self::Recovered(_) => MessageKind::Recovered,
+            Self::LanesPlaced(_) => MessageKind::LanesPlaced,
             Self::Heard(_) => MessageKind::Heard,
         }
     }
@@ -469,6 +480,7 @@ impl Message {
             Self::LanesLost(it) => (object(it), none()),
             Self::Recover(it) => (object(it), none()),
             Self::Recovered(it) => (object(it), none()),
+            Self::LanesPlaced(it) => (object(it), none()),
             Self::Heard(it) => (object(it), none()),
             Self::Prepare
             | Self::Prepared
@@ -529,6 +541,7 @@ impl Message {
             MessageKind::LanesLost => Self::LanesLost(fields(header)?),
             MessageKind::Recover => Self::Recover(fields(header)?),
             MessageKind::Recovered => Self::Recovered(fields(header)?),
+            MessageKind::LanesPlaced => Self::LanesPlaced(checked_placed(fields(header)?)?),
             MessageKind::Heard => Self::Heard(fields(header)?),
         })
     }
@@ -579,8 +592,12 @@ fn checked_offer(offer: Offer) -> Result<Offer, MalformedWhat> {
 }
 
 fn checked_choice(choice: Choice) -> Result<Choice, MalformedWhat> {
-    if choice.lanes.is_empty() || choice.lanes.len() > limits::LANES_MAX {
-        return Err(MalformedWhat::Fields);
-    }
-    Ok(choice)
+    let sound = (1..=limits::LANES_MAX).contains(&choice.lanes.len())
+        && choice.queues.len() <= limits::RSS_NICS_MAX
+        && choice.queues.iter().all(NicQueues::is_sound);
+    if sound { Ok(choice) } else { Err(MalformedWhat::Fields) }
+}
+
+fn checked_placed(placed: LanesPlaced) -> Result<LanesPlaced, MalformedWhat> {
+    if placed.is_sound() { Ok(placed) } else { Err(MalformedWhat::Fields) }
 }

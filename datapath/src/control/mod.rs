@@ -15,6 +15,7 @@
 mod cut;
 mod frame;
 mod message;
+mod queues;
 mod recover;
 
 pub use cut::{Heard, LanesLost, NewLanes, Rejoin};
@@ -23,4 +24,5 @@ pub use message::{
     Abort, AbortReason, Choice, DigestReport, Hello, LaneAddress, LaneOffer, LaneTicket, Message,
     MessageKind, Offer, Refused, RegionOffer, RoundStart, Running, SourceLimits, Ticket, Welcome,
 };
+pub use queues::{CoreUse, LanePlaced, LanesPlaced, NicQueues, QueueCore};
 pub use recover::{Recover, Recovered, Word};

@@ -8,7 +8,8 @@ use std::fmt::Write;
 use std::path::Path;
 
 use pageferry_datapath::codec::CodecName;
-use pageferry_datapath::control::{Choice, Message, MessageKind, encode};
+use pageferry_datapath::control::{Choice, Message, MessageKind, QueueCore, encode};
+use pageferry_datapath::limits;
 
 use crate::frames::{PREFIX_BYTES, decode_all, frame};
 use crate::messages::examples;
@@ -91,6 +92,46 @@ fn codecs_stand_in_offer_and_choice_where_there_are_any() {
     let known = Choice { codecs: vec![CodecName::Lz4, CodecName::Zstd], ..got.clone() };
     let line = line(&Message::Choice(known));
     assert!(line.contains(r#"{"codecs":["lz4","zstd"],"lanes":"#), "{line}");
+}
+
+const CHOICE: &str = r#"{"lanes":[{"cpu":null,"path":"tcp-plain","ticket":"TICKET"}],"queues":[{"addresses":["10.0.0.2"],"device":"eth0","key":"6d5a56da","queues":[{"cpu":1,"queue":2},{"queue":0}],"table":[0,2]},{"addresses":["10.1.0.2"],"device":"br0","why_not":"no RSS"}],"refused":[]}"#;
+
+fn choice_with(old: &str, new: &str) -> Vec<u8> {
+    let header = CHOICE.replace("TICKET", &"00".repeat(32)).replace(old, new);
+    frame(MessageKind::Choice as u8, header.as_bytes(), b"")
+}
+
+#[test]
+fn queues_stand_in_the_choice_where_they_were_asked_for() {
+    let (messages, error) = decode_all(&choice_with("", ""));
+    assert_eq!(error, None);
+    let [Message::Choice(choice)] = &messages[..] else { panic!("{messages:?}") };
+    assert_eq!(choice.queues[0].key, [0x6d, 0x5a, 0x56, 0xda]);
+    assert_eq!(choice.queues[0].table, [0, 2]);
+    assert_eq!(choice.queues[0].queues[0], QueueCore { queue: 2, cpu: Some(1) });
+    assert_eq!(choice.queues[1].why_not.as_deref(), Some("no RSS"));
+    let line = line(&messages[0]);
+    assert!(line.contains(&CHOICE.replace("TICKET", &"00".repeat(32))), "{line}");
+}
+
+#[test]
+fn queues_that_later_code_could_not_bear_are_refused() {
+    let long = |length: usize| format!("\"table\":[{}]", vec!["2"; length].join(","));
+    for (old, new) in [
+        // Of a NIC that has no such queue: no port leads there.
+        (r#""queue":2}"#, r#""queue":9}"#.to_owned()),
+        (r#""table":[0,2]"#, r#""table":[0,2,0]"#.to_owned()),
+        (r#""table":[0,2]"#, r#""table":[]"#.to_owned()),
+        (r#""table":[0,2]"#, long(2 * limits::RSS_TABLE_MAX)),
+        (r#""table":[0,2]"#, r#""table":[0,65536]"#.to_owned()),
+        ("6d5a56da", "6d".repeat(limits::RSS_KEY_BYTES_MAX + 1)),
+        ("6d5a56da", "6d5".to_owned()),
+        ("6d5a56da", "+d5a".to_owned()),
+        ("6d5a56da", "no".to_owned()),
+    ] {
+        let (messages, error) = decode_all(&choice_with(old, &new));
+        assert!(messages.is_empty() && error.is_some(), "{old} -> {}", &new[..20.min(new.len())]);
+    }
 }
 
 #[test]

@@ -4,9 +4,10 @@ use std::net::IpAddr;
 
 use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::control::{
-    Abort, AbortReason, Choice, DigestReport, Heard, Hello, LaneAddress, LaneOffer, LaneTicket,
-    LanesLost, Message, MessageKind, NewLanes, Offer, Recover, Recovered, Refused, RegionOffer,
-    Rejoin, RoundStart, Running, SourceLimits, Ticket, Welcome, Word,
+    Abort, AbortReason, Choice, CoreUse, DigestReport, Heard, Hello, LaneAddress, LaneOffer,
+    LanePlaced, LaneTicket, LanesLost, LanesPlaced, Message, MessageKind, NewLanes, NicQueues,
+    Offer, QueueCore, Recover, Recovered, Refused, RegionOffer, Rejoin, RoundStart, Running,
+    SourceLimits, Ticket, Welcome, Word,
 };
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::lane::LanePath;
@@ -77,6 +78,17 @@ fn example(kind: MessageKind) -> Message {
             Message::Recover(Recover { session: SessionId(7), word: Word::HandedOver })
         }
         MessageKind::Recovered => Message::Recovered(Recovered { word: Word::Aborted }),
+        MessageKind::LanesPlaced => Message::LanesPlaced(LanesPlaced {
+            lanes: vec![LanePlaced {
+                lane: 1,
+                device: Some("eth0".into()),
+                queue: Some(3),
+                napi: Some(8196),
+                incoming_cpu: Some(3),
+                cpu: Some(2),
+            }],
+            cores: vec![CoreUse { cpu: 0, percent: 40 }],
+        }),
         MessageKind::Heard => Message::Heard(Heard { received: 9 }),
     }
 }
@@ -103,6 +115,7 @@ fn offer() -> Offer {
             encrypt: false,
             codecs: vec![],
             nics: 0,
+            rss: false,
         },
         tracker: "uffd-two-phase".into(),
         target_qmp: Some("/run/target.qmp".into()),
@@ -127,6 +140,7 @@ fn choice() -> Choice {
         rdma_port: None,
         codecs: vec![],
         addresses: vec![],
+        queues: vec![],
     }
 }
 
@@ -159,6 +173,8 @@ pub(crate) fn any_message() -> impl Strategy<Value = Message> {
         (session(), any_word())
             .prop_map(|(session, word)| Message::Recover(Recover { session, word })),
         any_word().prop_map(|word| Message::Recovered(Recovered { word })),
+        (vec(any_lane_placed(), 0..4), vec(any_core(), 0..4))
+            .prop_map(|(lanes, cores)| Message::LanesPlaced(LanesPlaced { lanes, cores })),
         any_offer().prop_map(Message::Offer),
         any_choice().prop_map(Message::Choice),
         (round(), any::<bool>(), bytes()).prop_map(|(round, last, bitmap)| {
@@ -244,14 +260,16 @@ fn any_offer() -> impl Strategy<Value = Offer> {
         any::<bool>(),
         any_codecs(),
         any::<u16>().prop_map(|nics| if nics == 1 { 0 } else { nics }),
+        any::<bool>(),
     )
-        .prop_map(|(count, paths, cpus, encrypt, codecs, nics)| LaneOffer {
+        .prop_map(|(count, paths, cpus, encrypt, codecs, nics, rss)| LaneOffer {
             count,
             paths,
             cpus,
             encrypt,
             codecs,
             nics,
+            rss,
         });
     let names = (text(), text(), text(), option::of(text()));
     (vec(any_region(), 1..6), names, lanes, any::<bool>(), any::<u64>()).prop_map(
@@ -284,15 +302,46 @@ fn any_choice() -> impl Strategy<Value = Choice> {
     );
     let refused = (text(), text()).prop_map(|(what, reason)| Refused { what, reason });
     let lanes = (vec(lane, 1..9), vec(refused, 0..4));
-    (lanes, option::of(any::<u16>()), any_codecs(), vec(any_address(), 0..4)).prop_map(
-        |((lanes, refused), rdma_port, codecs, addresses)| Choice {
+    let nics = (vec(any_address(), 0..4), vec(any_queues(), 0..3));
+    (lanes, option::of(any::<u16>()), any_codecs(), nics).prop_map(
+        |((lanes, refused), rdma_port, codecs, (addresses, queues))| Choice {
             lanes,
             refused,
             rdma_port,
             codecs,
             addresses,
+            queues,
         },
     )
+}
+
+/// Queues that are in the table, of a NIC whose table is a power of two of entries.
+fn any_queues() -> impl Strategy<Value = NicQueues> {
+    let table = (0..7u32).prop_flat_map(|bits| vec(any::<u16>(), 1 << bits));
+    let cores = vec((any::<prop::sample::Index>(), option::of(any::<u16>())), 0..4);
+    let rest = (vec(any::<IpAddr>(), 0..3), option::of(text()), vec(any::<u8>(), 0..60));
+    (text(), rest, table, cores).prop_map(|(device, (addresses, why_not, key), table, cores)| {
+        let queue = |(at, cpu): (prop::sample::Index, _)| QueueCore { queue: *at.get(&table), cpu };
+        let queues = cores.into_iter().map(queue).collect();
+        NicQueues { device, addresses, why_not, key, table, queues }
+    })
+}
+
+fn any_lane_placed() -> impl Strategy<Value = LanePlaced> {
+    let number = || option::of(any::<u16>());
+    (any::<u16>(), option::of(text()), number(), option::of(any::<u32>()), number(), number())
+        .prop_map(|(lane, device, queue, napi, incoming_cpu, cpu)| LanePlaced {
+            lane,
+            device,
+            queue,
+            napi,
+            incoming_cpu,
+            cpu,
+        })
+}
+
+fn any_core() -> impl Strategy<Value = CoreUse> {
+    any::<(u16, u8)>().prop_map(|(cpu, percent)| CoreUse { cpu, percent })
 }
 
 fn any_address() -> impl Strategy<Value = LaneAddress> {

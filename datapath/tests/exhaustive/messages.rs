@@ -60,6 +60,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             encrypt: false,
             codecs: Vec::new(),
             nics: 0,
+            rss: false,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -77,6 +78,7 @@ pub(crate) fn choice() -> Choice {
         rdma_port: None,
         codecs: Vec::new(),
         addresses: Vec::new(),
+        queues: Vec::new(),
     }
 }
 

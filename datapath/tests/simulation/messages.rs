@@ -2,8 +2,8 @@
 
 use pageferry_datapath::control::{
     Abort, AbortReason, Choice, DigestReport, Heard, Hello, LaneOffer, LaneTicket, LanesLost,
-    Message, MessageKind, NewLanes, Offer, Recover, Recovered, RegionOffer, Rejoin, RoundStart,
-    Running, SourceLimits, Ticket, Welcome, Word,
+    LanesPlaced, Message, MessageKind, NewLanes, Offer, Recover, Recovered, RegionOffer, Rejoin,
+    RoundStart, Running, SourceLimits, Ticket, Welcome, Word,
 };
 use pageferry_datapath::digest::MemoryDigest;
 use pageferry_datapath::ids::{RoundIndex, SessionId};
@@ -41,6 +41,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             encrypt: false,
             codecs: vec![],
             nics: 0,
+            rss: false,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -58,6 +59,7 @@ pub(crate) fn choice(lanes: usize) -> Choice {
         rdma_port: None,
         codecs: vec![],
         addresses: vec![],
+        queues: vec![],
     }
 }
 
@@ -123,5 +125,6 @@ pub(crate) fn any(kind: MessageKind, random: &mut Random) -> Message {
             Message::Recover(Recover { session: hello().session, word: Word::None })
         }
         MessageKind::Recovered => Message::Recovered(Recovered { word: Word::None }),
+        MessageKind::LanesPlaced => Message::LanesPlaced(LanesPlaced::default()),
     }
 }

@@ -126,6 +126,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             encrypt: false,
             codecs: vec![],
             nics: 0,
+            rss: false,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -143,6 +144,7 @@ pub(crate) fn choice() -> Choice {
         rdma_port: None,
         codecs: vec![],
         addresses: vec![],
+        queues: vec![],
     }
 }
 

@@ -19,7 +19,8 @@ impl EthtoolSource for Fake {
 
     fn rss(&self, _: &str) -> io::Result<Rss> {
         let function = HashFunction::Toeplitz;
-        Ok(Rss { function, key: vec![7; 52], indirection: vec![0, 1, 0, 1] })
+        let (key, indirection) = (vec![7; 52], vec![0, 1, 0, 1]);
+        Ok(Rss { function, key, indirection, tcp4_ports: Some(true), tcp6_ports: None })
     }
 }
 
@@ -112,6 +113,7 @@ fn virtio_finds_its_pci_function_one_level_up() {
     let nic = Nic::read(root, "eth0", up(), &Mute);
     assert_eq!(nic.pci.as_deref(), Some("0000:00:03.0"));
     assert_eq!((nic.numa_node, nic.bits_per_second, nic.rss), (None, None, None));
+    assert_eq!(nic.no_rss.as_deref(), Some("its driver does not tell: unsupported"));
     assert_eq!((nic.queue_irqs[0].queue, &nic.queue_irqs[0].cpus[..]), (0, &[1][..]));
 }
 

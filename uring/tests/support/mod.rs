@@ -159,6 +159,7 @@ impl Acceptor {
             lane: LaneId(lane as u16),
             ticket,
             cpu: None,
+            from: Vec::new(),
             route: None,
         });
         let mut plan = ConnectPlan::new(self.addr(), self.session, lanes.collect());

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use caps::Capability;
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
-use pageferry_datapath::control::{AbortReason, Choice, Hello, Message, NewLanes};
+use pageferry_datapath::control::{AbortReason, Choice, Hello, LanesPlaced, Message, NewLanes};
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::source::{Command, Failure, Input, Outcome, Phase, Source, SourceConfig};
 use pageferry_uring::plan::LaneTls;
@@ -37,6 +37,7 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// What the agent itself listens to.
 enum Said {
     NewLanes(NewLanes, Room),
+    LanesPlaced(LanesPlaced, Room),
     Restored(Duration),
 }
 
@@ -246,6 +247,10 @@ impl<'a> Agent<'a> {
                 Said::NewLanes(new, room) => {
                     drop(room);
                     self.new_lanes(new)
+                }
+                Said::LanesPlaced(placed, _room) => {
+                    self.mover.note_placed(placed);
+                    Input::Tick
                 }
                 Said::Restored(away) => self.restored(machine.phase(), away),
             },
@@ -501,6 +506,8 @@ impl<'a> Agent<'a> {
             lanes: self.mover.take_stats(),
             path_reason: self.mover.path_reason().map(str::to_owned),
             rails: self.mover.take_over_rails(),
+            rss: self.mover.rss(),
+            cores: self.mover.cores(),
             cuts: std::mem::take(&mut self.cuts),
             lanes_renewed: self.mover.renewed(),
             scans: std::mem::take(&mut self.tracking.scans),
@@ -542,6 +549,10 @@ fn listener(
             }
             Event::Message(Message::NewLanes(new), room) => {
                 let _nobody_waits_after_the_end = said.send(Said::NewLanes(new, room));
+                return;
+            }
+            Event::Message(Message::LanesPlaced(placed), room) => {
+                let _nobody_waits_after_the_end = said.send(Said::LanesPlaced(placed, room));
                 return;
             }
             Event::Restored { away } => {

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use pageferry_datapath::control::{LaneOffer, Offer, SourceLimits};
+use pageferry_datapath::control::{CoreUse, LaneOffer, Offer, SourceLimits};
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::lane::{LanePath, LaneStats};
 use pageferry_datapath::planner::Goals;
@@ -29,7 +29,7 @@ use super::link::LinkError;
 use super::monitor::{GuestFacts, SourceMonitor};
 use super::rails;
 use super::tls::{Caller, Security};
-use crate::report::events::RailDetail;
+use crate::report::events::{RailDetail, RssDetail};
 
 /// What a source agent is told.
 #[derive(Clone, Debug)]
@@ -99,6 +99,10 @@ pub struct SourceResult {
     pub path_reason: Option<String>,
     /// What lanes were spread over, and what went over it.
     pub rails: Vec<RailDetail>,
+    /// Whether lanes got receive queues for themselves; `None` without lanes over TCP.
+    pub rss: Option<RssDetail>,
+    /// How busy each core was while lanes were open, here and at the target.
+    pub cores: (Vec<CoreUse>, Vec<CoreUse>),
     /// For how long the target was away, each time that it was.
     pub cuts: Vec<Duration>,
     /// How often the lanes were lost and others asked for.
@@ -124,6 +128,8 @@ impl SourceResult {
             lanes: Vec::new(),
             path_reason: None,
             rails: Vec::new(),
+            rss: None,
+            cores: Default::default(),
             cuts: Vec::new(),
             lanes_renewed: 0,
             scans: Vec::new(),
@@ -166,6 +172,7 @@ pub fn offer(options: &SourceOptions, facts: &GuestFacts) -> Offer {
             encrypt: options.lanes.encrypt,
             codecs: options.lanes.compress.offered(),
             nics: rails::usable_nics(&rails::nics(), &options.lanes.networks),
+            rss: true,
         },
         tracker: facts.tracker.0.clone(),
         target_qmp: options.target_qmp.clone(),

@@ -8,18 +8,20 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
-use pageferry_datapath::control::{AbortReason, Choice, LanesLost, NewLanes};
+use pageferry_datapath::control::{AbortReason, Choice, CoreUse, LanesLost, LanesPlaced, NewLanes};
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::lane::{LaneEvent, LanePath, LaneStats, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::{Failure, Input};
 use pageferry_datapath::work::RoundWork;
 
+use super::super::core_use::CoreTimes;
 use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
+use super::super::queues::{self, Picked};
 use super::super::rails::{Rail, Rails, nics};
 use crate::limits;
-use crate::report::events::RailDetail;
+use crate::report::events::{RailDetail, RssDetail};
 
 /// A lane that broke says no more than its errno.
 const LANE_HINT: &str = "look at the target agent's output, and at the link";
@@ -74,6 +76,14 @@ pub(super) struct Mover {
     rails: Rails,
     /// What went over each rail that lanes ran on.
     over_rails: Vec<RailDetail>,
+    /// Source ports that were picked for the lanes, if they are over TCP.
+    picked: Option<Picked>,
+    /// What the target said last of where they led.
+    arrived: Option<LanesPlaced>,
+    /// Since the first lanes were opened.
+    core_times: Option<CoreTimes>,
+    /// How busy the cores were until the last were closed.
+    cores: Vec<CoreUse>,
     /// Lanes opened; each has its part in every round.
     count: usize,
     stats: Vec<LaneStats>,
@@ -99,6 +109,10 @@ impl Mover {
             wanted,
             rails,
             over_rails: Vec::new(),
+            picked: None,
+            arrived: None,
+            core_times: None,
+            cores: Vec::new(),
             same_host: false,
             events,
             to_events,
@@ -120,6 +134,8 @@ impl Mover {
     /// Opens the lanes of a choice: over RDMA where both ends have it, else over TCP.
     pub(super) fn open(&mut self, choice: &Choice, way: Way<'_>) -> Result<(), Failure> {
         self.count = choice.lanes.len();
+        (self.picked, self.arrived) = (None, None);
+        self.core_times.get_or_insert_with(CoreTimes::now);
         let chosen = choice.lanes.first().map(|lane| lane.path);
         let no_rdma = match (chosen, &self.wanted.no_rdma) {
             (Some(LanePath::Rdma), _) => match self.open_rdma(choice, way) {
@@ -174,11 +190,12 @@ impl Mover {
             memory,
             self.to_events.clone(),
         );
-        let lanes = opened.map_err(|error| {
+        let (lanes, picked) = opened.map_err(|error| {
             self.rails.blame(usize::from(error.lane().0));
             failure::host("lanes", &error, None)
         })?;
         self.lanes = Some(lanes);
+        self.picked = Some(picked);
         Ok(())
     }
 
@@ -215,6 +232,22 @@ impl Mover {
     /// What lanes run over.
     pub(super) fn rails(&self) -> &[Rail] {
         self.rails.used()
+    }
+
+    /// What the target says of where the lanes arrived.
+    pub(super) fn note_placed(&mut self, placed: LanesPlaced) {
+        self.arrived = Some(placed);
+    }
+
+    /// Whether they got receive queues for themselves; `None` for those that are not over TCP.
+    pub(super) fn rss(&self) -> Option<RssDetail> {
+        self.picked.as_ref().map(|picked| queues::report(picked, self.arrived.as_ref()))
+    }
+
+    /// How busy the cores were while lanes were open, here and at the target.
+    pub(super) fn cores(&mut self) -> (Vec<CoreUse>, Vec<CoreUse>) {
+        let theirs = self.arrived.as_ref().map(|arrived| arrived.cores.clone());
+        (std::mem::take(&mut self.cores), theirs.unwrap_or_default())
     }
 
     /// What went over each rail.
@@ -343,6 +376,9 @@ impl Mover {
     /// Closes every lane; after an abort they are reset rather than drained.
     pub(super) fn close(&mut self, abort: bool) {
         let Some(lanes) = self.lanes.take() else { return };
+        if let Some(before) = &self.core_times {
+            self.cores = CoreTimes::now().since(before);
+        }
         let stats = lanes.close(abort);
         let rails = self.rails.used();
         for (lane, stats) in stats.iter().enumerate().filter(|_| !rails.is_empty()) {

@@ -9,7 +9,8 @@ use crossbeam_channel::{Receiver, Sender, never, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::control::{
-    AbortReason, Choice, LaneAddress, LaneTicket, LanesLost, NewLanes, Offer,
+    AbortReason, Choice, LaneAddress, LanePlaced, LaneTicket, LanesLost, LanesPlaced, NewLanes,
+    NicQueues, Offer,
 };
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::hello::{Hello, Refusal, Reply};
@@ -23,11 +24,14 @@ use pageferry_uring::target::TargetLane;
 
 use super::super::acceptor::ArrivingLane;
 use super::super::compress::accepted_codecs;
+use super::super::core_use::CoreTimes;
 use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
+use super::super::queues::{self, Landing};
 use super::super::rails;
 use super::super::rdma::{self, RdmaTarget};
 use super::super::tickets::{Over, Tickets};
+use crate::cores::Topology;
 
 /// A lane that was taken.
 enum Taken {
@@ -47,6 +51,12 @@ pub(super) struct Intake {
     /// Of each lane, the core of its worker.
     cpus: Vec<Option<u16>>,
     codecs: Vec<CodecName>,
+    /// What the source was told of this host's NICs; `None` for one that did not ask.
+    queues: Option<Vec<NicQueues>>,
+    /// Of each lane that came over TCP, where it lands and the core of its worker.
+    landed: Vec<Option<(Landing, Option<usize>)>>,
+    topology: Topology,
+    core_times: Option<CoreTimes>,
     lanes: Vec<Option<Taken>>,
     events: Receiver<LaneEvent>,
     to_events: Sender<LaneEvent>,
@@ -72,6 +82,10 @@ impl Intake {
             encrypted: false,
             cpus: Vec::new(),
             codecs: Vec::new(),
+            queues: None,
+            landed: Vec::new(),
+            topology: Topology::default(),
+            core_times: None,
             lanes: Vec::new(),
             events,
             to_events,
@@ -156,7 +170,8 @@ impl Intake {
         };
         let rdma_port = self.rdma.as_ref().filter(|_| stays).map(RdmaTarget::port);
         let (codecs, addresses) = (self.codecs.clone(), self.addresses());
-        let choice = Choice { lanes, refused: Vec::new(), rdma_port, codecs, addresses };
+        let queues = self.queues.clone().unwrap_or_default();
+        let choice = Choice { lanes, refused: Vec::new(), rdma_port, codecs, addresses, queues };
         Some(NewLanes { choice, round_placed, placed })
     }
 
@@ -176,6 +191,11 @@ impl Intake {
             LaneTicket { path, ticket, cpu, over_tcp }
         });
         Some(lanes.collect())
+    }
+
+    /// The guest's monitor is known: lanes keep off the cores of its vCPUs.
+    pub(super) fn beside_guest(&mut self, pid: i32, vcpus: &[i32]) {
+        self.wanted.leave_to_vcpus(pid, vcpus);
     }
 
     /// Chooses lanes for an offer and draws their tickets; `at` is the address the source came to.
@@ -205,6 +225,10 @@ impl Intake {
         let cpu_of = |lane| cpus.get(lane % cpus.len().max(1)).map(|cpu| *cpu as u16);
         self.cpus = (0..usize::from(count)).map(cpu_of).collect();
         self.lanes.resize_with(self.cpus.len(), || None);
+        self.landed.resize_with(self.cpus.len(), || None);
+        let addresses = self.addresses();
+        self.queues = offer.lanes.rss.then(|| self.look_at_queues(&addresses, at));
+        self.core_times = Some(CoreTimes::now());
         self.tickets = Some(tickets);
         let lanes = self.draw_tickets(path).expect("set just now");
         Ok(Choice {
@@ -212,8 +236,16 @@ impl Intake {
             refused: lanes::refused(&offer.lanes, path, no_rdma.as_deref()),
             rdma_port: self.rdma.as_ref().map(RdmaTarget::port),
             codecs: self.codecs.clone(),
-            addresses: self.addresses(),
+            addresses,
+            queues: self.queues.clone().unwrap_or_default(),
         })
+    }
+
+    /// How the NICs that lanes may come to spread flows over queues; `at` is where the source is.
+    fn look_at_queues(&mut self, addresses: &[LaneAddress], at: Option<IpAddr>) -> Vec<NicQueues> {
+        self.topology = Topology::here();
+        let addresses: Vec<_> = addresses.iter().map(|it| it.address).chain(at).collect();
+        queues::told(&rails::nics(), &addresses, &self.wanted.cpus)
     }
 
     /// Where lanes over TCP are taken, beside where the control connection came to.
@@ -262,6 +294,11 @@ impl Intake {
                 return Ok(());
             }
         };
+        let landing = match (&self.queues, lane.ends()) {
+            (Some(told), Some((from, to))) => queues::landing(told, from, to),
+            _ => Landing::default(),
+        };
+        let cpu = self.core_for(index, &landing).or(cpu);
         let config = self.wanted.target_config(cpu, self.same_host, &self.codecs);
         let Some(stream) = lane.reply(Reply::Accepted) else { return Ok(()) };
         let id = LaneId(index as u16);
@@ -269,7 +306,42 @@ impl Intake {
         let lane = TargetLane::start(stream, id, self.memory.clone(), &config, events)
             .map_err(|error| failure::host(&format!("lane {id}"), &error, None))?;
         self.lanes[index] = Some(Taken::Tcp(lane));
+        self.landed[index] = Some((landing, cpu));
         Ok(())
+    }
+
+    /// The core beside the one that a lane's queue interrupts, if that is known. On one machine both
+    /// ends share the core that was agreed on, whatever their packets go through.
+    fn core_for(&self, index: usize, landing: &Landing) -> Option<usize> {
+        let interrupt = landing.cpu.filter(|_| !self.same_host)?;
+        let others = self.landed.iter().enumerate().filter(|(lane, _)| *lane != index);
+        let busy: Vec<usize> = others.filter_map(|(_, it)| it.as_ref()?.1).collect();
+        // Those of the queues that as many lanes as these land on, on each NIC.
+        let of_nic = |nic: &NicQueues| {
+            let used = nic.queues.iter().take(self.lanes.len());
+            used.filter_map(|core| core.cpu.map(usize::from)).collect::<Vec<_>>()
+        };
+        let interrupted: Vec<usize> = self.queues.iter().flatten().flat_map(of_nic).collect();
+        self.topology.beside(interrupt, &self.wanted.cpus, &busy, &interrupted)
+    }
+
+    /// Where the lanes that are open arrived, for a source that asked.
+    pub(super) fn placed(&self) -> Option<LanesPlaced> {
+        self.queues.as_ref()?;
+        let lanes = self.lanes.iter().zip(&self.landed).enumerate().filter_map(|(index, lane)| {
+            let (Some(Taken::Tcp(lane)), Some((landing, cpu))) = lane else { return None };
+            let (napi, incoming_cpu) = lane.incoming();
+            Some(LanePlaced {
+                lane: index as u16,
+                device: landing.device.clone(),
+                queue: landing.queue,
+                napi,
+                incoming_cpu: incoming_cpu.and_then(|cpu| u16::try_from(cpu).ok()),
+                cpu: cpu.and_then(|cpu| u16::try_from(cpu).ok()),
+            })
+        });
+        let cores = self.core_times.as_ref().map(|before| CoreTimes::now().since(before));
+        Some(LanesPlaced { lanes: lanes.collect(), cores: cores.unwrap_or_default() })
     }
 
     /// The place of a lane over TCP; those over RDMA are fenced before the first is taken.
@@ -322,6 +394,7 @@ impl Intake {
     /// placed, of those that can tell.
     pub(super) fn fence(&mut self) -> Vec<Placed> {
         let mut placed = Vec::new();
+        self.landed.fill_with(|| None);
         for lane in self.lanes.iter_mut().filter_map(Option::take) {
             match lane {
                 Taken::Tcp(lane) => placed.push(lane.fence().1),

@@ -232,6 +232,16 @@ impl<'a> Session<'a> {
         self.control.send(message).err().map(|error| Input::PeerLost(lost(&error)))
     }
 
+    /// After a round that is not inside the pause: a source that asked is told where lanes arrived.
+    fn tell_placed(&self, sent: &Message) {
+        if matches!(sent, Message::RoundClosed(_))
+            && self.state.is_none()
+            && let Some(placed) = self.intake.placed()
+        {
+            let _the_next_message_finds_out = self.send(&Message::LanesPlaced(placed));
+        }
+    }
+
     /// Time has passed; is the monitor still there?
     fn look(&mut self) -> Input {
         // Once it is loaded, nothing is missing that a lane could bring.
@@ -262,7 +272,11 @@ impl<'a> Session<'a> {
         open_monitor: &OpenMonitor<'_>,
     ) -> Result<Option<Input>, Failure> {
         Ok(match command {
-            Command::Send(message) => self.send(&message),
+            Command::Send(message) => {
+                let sent = self.send(&message);
+                self.tell_placed(&message);
+                sent
+            }
             Command::Inspect(offer) => Some(Input::Inspected(self.inspect(&offer, open_monitor)?)),
             Command::BeginRound { round, pages } => {
                 if round == RoundIndex(0) {
@@ -297,6 +311,7 @@ impl<'a> Session<'a> {
     ) -> Result<Choice, Failure> {
         let mut monitor = open_monitor(offer)?;
         self.memory = monitor.inspect(offer)?;
+        self.intake.beside_guest(monitor.pid(), &monitor.vcpus());
         self.records = Some(self.begin_record(offer, &*monitor)?);
         self.monitor = Some(monitor);
         // What it took to look into QEMU is not needed to take its guest in.
