@@ -16,6 +16,10 @@ use serde_json::Value;
 pub const PORT: u16 = 4777;
 /// Sources that are killed are not waited for any longer than this.
 const RECONNECT_TIMEOUT_S: &str = "3";
+/// An emulated processor for both agents, both QEMUs and the guest: each may have to wait so long for
+/// its turn, or for another's digest, that it looks lost.
+const EMULATED_TIMEOUT_S: &str = "60";
+const EMULATED_TIMEOUT_MS: &str = "60000";
 /// A whole migration of a small guest on a busy machine.
 pub const MIGRATION_MAX: Duration = Duration::from_secs(240);
 
@@ -136,7 +140,8 @@ impl Agent {
             args.extend(["--listen", &listen]);
         }
         if !more.contains(&"--reconnect-timeout") {
-            args.extend(["--reconnect-timeout", RECONNECT_TIMEOUT_S]);
+            let seconds = if is_kvm() { EMULATED_TIMEOUT_S } else { RECONNECT_TIMEOUT_S };
+            args.extend(["--reconnect-timeout", seconds]);
         }
         let all = on_this_host(workplace, host, name, &args, more)?;
         let all: Vec<&str> = all.iter().map(String::as_str).collect();
@@ -169,7 +174,11 @@ impl Agent {
     ) -> Result<Self, LabError> {
         let to = address(to);
         let qmp = qemu.qmp().display().to_string();
-        let args = ["migrate", "--qmp", &qmp, "--to", &to, "--json"];
+        let mut args = vec!["migrate", "--qmp", &qmp, "--to", &to, "--json"];
+        if is_kvm() {
+            args.extend(["--reconnect-timeout", EMULATED_TIMEOUT_S]);
+            args.extend(["--blackout-timeout-ms", EMULATED_TIMEOUT_MS]);
+        }
         let all = on_this_host(workplace, host, name, &args, more)?;
         let all: Vec<&str> = all.iter().map(String::as_str).collect();
         Self::start_in(workplace, host, name, &all, manner)
@@ -291,4 +300,9 @@ fn address(host: Option<&Host>) -> String {
         Some(host) => format!("{}:{PORT}", host.address),
         None => format!("127.0.0.1:{PORT}"),
     }
+}
+
+/// Whether guests are under KVM, which is emulated where these tests run: `tests/rdma-vm/kvm`.
+fn is_kvm() -> bool {
+    std::env::var("PAGEFERRY_LAB_KVM").is_ok_and(|value| value == "1")
 }

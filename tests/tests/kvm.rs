@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pageferry_ctl::lab::{
-    GUEST_ADDRESS, LabError, Nic, Pinger, TAP, Workplace, is_root, one_at_a_time, skip,
+    GUEST_ADDRESS, LabError, Nic, Pinger, TAP, Tick, Workplace, is_root, one_at_a_time, skip,
 };
-use pageferry_tests::agents::Ended;
+use pageferry_tests::agents::{Ended, MIGRATION_MAX};
 use pageferry_tests::scene::{SOON, Scene};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -48,9 +48,18 @@ fn kvm_counters(pid: u32) -> (u64, u64) {
     (count("exits").unwrap_or(0), count("pf_taken").unwrap_or(0))
 }
 
+/// Pages that the guest writes while nobody moves it.
+fn pages_per_second(scene: &Scene) -> Result<f64, LabError> {
+    let (since, first) = (Instant::now(), scene.guest.console().wait_tick(SOON)?);
+    let enough = |tick: &Tick| tick.n >= first.n + 20;
+    let last = scene.guest.console().wait_tick_where("twenty ticks", SOON, enough)?;
+    Ok((last.writes - first.writes) as f64 / since.elapsed().as_secs_f64())
+}
+
 fn assert_migrated((source, target): &(Ended, Ended)) {
     let summary = source.summary();
-    assert_eq!((source.code, target.code), (0, 0), "{} {}", source.stderr, target.stderr);
+    let codes = (source.code, target.code);
+    assert_eq!(codes, (0, 0), "{} {}\n{summary:#}", source.stderr, target.stderr);
     assert_eq!(summary["verified"], true, "{summary:#}");
 }
 
@@ -65,23 +74,25 @@ fn kvm_scans_of_one_and_of_two_phases_lose_no_page_and_are_compared() -> Outcome
     let mut scene = Scene::boot(&workplace, spec(600)?)?;
     for phases in ["one-phase", "two-phase"] {
         let pid = scene.guest.pid();
+        let alone = pages_per_second(&scene)?;
         let (before, writes) = (kvm_counters(pid), scene.guest.console().wait_tick(SOON)?);
         let since = Instant::now();
         let waiting = scene.waiting(|_| {})?;
         let args = [&ARGS[..], &["--scan", phases, "--rounds-max", "12"]].concat();
         let (source, target) = scene.agents(&waiting, &args)?;
         // The source's QEMU is still there when its agent has let go of it: paused, with counters.
-        let source = source.wait(Duration::from_secs(240))?;
+        let source = source.wait(MIGRATION_MAX)?;
         let (after, took) = (kvm_counters(pid), since.elapsed());
         let last = scene.guest.console().last_tick().unwrap_or(writes);
         let target = target.wait(SOON)?;
         let summary = source.summary().clone();
         println!(
-            "{phases}: {} rounds, {} pages written in {:.1} s, scans {}; exits {}, faults {}; \
-             pause {} ms",
+            "{phases}: {} rounds, {} pages written in {:.1} s ({:.0} a second, {alone:.0} before), \
+             scans {}; exits {}, faults {}; pause {} ms",
             summary["rounds"],
             last.writes - writes.writes,
             took.as_secs_f64(),
+            (last.writes - writes.writes) as f64 / took.as_secs_f64(),
             summary["latencies"].as_array().and_then(|all| all.last()).unwrap_or(&summary["none"]),
             after.0 - before.0,
             after.1 - before.1,

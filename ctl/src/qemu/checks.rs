@@ -228,13 +228,21 @@ fn open_devices(process: &Process) -> Result<Vec<String>, MemoryError> {
     let mut devices: Vec<String> = process
         .fds()?
         .into_iter()
-        .filter_map(|(_, path)| path.into_os_string().into_string().ok())
-        .filter(|path| path.starts_with("/dev/vfio/") || path.starts_with("/dev/vhost-"))
+        .filter_map(|(_, path)| backend_device(path.to_str()?).map(str::to_owned))
         .filter(|path| path != "/dev/vhost-net" || !tries_vhost_net())
         .collect();
     devices.sort();
     devices.dedup();
     Ok(devices)
+}
+
+/// The device of such a backend that a path leads to. It may have something before `/dev`: what a
+/// process in a mount namespace of its own has open is named from the root of that namespace, which
+/// is not ours where we are below a `chroot`.
+fn backend_device(path: &str) -> Option<&str> {
+    let device = &path[path.rfind("/dev/")?..];
+    let is_backend = device.starts_with("/dev/vfio/") || device.starts_with("/dev/vhost-");
+    is_backend.then_some(device)
 }
 
 /// For the test that shows whether what vhost-net writes is tracked.

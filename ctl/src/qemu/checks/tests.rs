@@ -234,3 +234,13 @@ fn devices_that_give_memory_back_are_named() {
     let named = ask(&recording).expect("ask").balloons();
     assert_eq!(named, ["balloon0 (virtio-balloon-pci)", "vm0 (virtio-mem-pci)"]);
 }
+
+#[test]
+fn a_backend_of_the_kernel_is_known_wherever_its_namespace_has_it() {
+    assert_eq!(backend_device("/dev/vhost-net"), Some("/dev/vhost-net"));
+    assert_eq!(backend_device("/srv/guest/dev/vhost-net"), Some("/dev/vhost-net"));
+    assert_eq!(backend_device("/host/dev/vfio/12"), Some("/dev/vfio/12"));
+    for other in ["/dev/kvm", "/dev/net/tun", "/var/lib/vhost-net", "socket:[7]", ""] {
+        assert_eq!(backend_device(other), None, "{other}");
+    }
+}
