@@ -57,8 +57,10 @@ impl RdmaMemory {
             call: "looking for holes",
             source: std::io::Error::other(error),
         })?;
-        // Said now, while TCP can still be taken instead.
-        memlock::allow(extents.iter().map(|extent| extent.len).sum())?;
+        // Said now, while TCP can still be taken instead. Whole slices are pinned; the target may
+        // cut larger ones than we would, and then it is said when they are.
+        let slices = Slices::choose(&this.memory, pin, u64::MAX);
+        memlock::allow(slices.bytes_of(&extents))?;
         Ok(this)
     }
 

@@ -25,6 +25,10 @@ pub(crate) const MESSAGE_BYTES: usize = 4096;
 /// every provider that has inline at all has this much.
 pub(crate) const INLINE_BYTES: u32 = 64;
 
+/// Locked beside guest memory: messages of eight lanes, 40 KiB each, and their queues, which some
+/// drivers pin as well. A limit of exactly what we say is needed has to be enough.
+pub const LOCKED_BESIDE_BYTES: u64 = 1 << 20;
+
 /// The smallest slice of guest memory registered at once: a huge page's size, and small enough that
 /// a guest of holes is not pinned whole for a few pages.
 pub const SLICE_BYTES_MIN: u64 = 2 << 20;

@@ -5,12 +5,15 @@ use std::fs;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 
 use crate::error::RdmaError;
+use crate::limits::LOCKED_BESIDE_BYTES;
 
 /// `CAP_IPC_LOCK` of capabilities(7): who has it is not limited.
 const CAP_IPC_LOCK: u32 = 14;
 
-/// Checks that this many bytes may be locked, raising the soft limit as far as the hard one goes.
-pub(crate) fn allow(needed_bytes: u64) -> Result<(), RdmaError> {
+/// Checks that this many bytes of guest memory may be locked, and what lanes lock beside them;
+/// raises the soft limit as far as the hard one goes.
+pub(crate) fn allow(guest_bytes: u64) -> Result<(), RdmaError> {
+    let needed_bytes = guest_bytes.saturating_add(LOCKED_BESIDE_BYTES);
     // Unknown counts as no limit: registering says so itself.
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_MEMLOCK) else { return Ok(()) };
     if is_enough(soft, needed_bytes) || has_cap_ipc_lock() {

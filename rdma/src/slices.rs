@@ -3,6 +3,8 @@
 //! A slice never crosses a region, begins at a multiple of its size within it, and is a whole
 //! number of the region's pages: a huge page is never in two of them.
 
+use std::collections::BTreeSet;
+
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::ids::RegionIndex;
 use pageferry_datapath::region::GuestMemory;
@@ -101,6 +103,12 @@ impl Slices {
         Extent { region: RegionIndex(region as u16), offset, len }
     }
 
+    /// Bytes of all slices that these runs touch, each counted once.
+    pub(crate) fn bytes_of(&self, extents: &[Extent]) -> u64 {
+        let touched: BTreeSet<u32> = extents.iter().flat_map(|it| self.of_extent(it)).collect();
+        touched.into_iter().map(|slice| self.extent(slice).len).sum()
+    }
+
     /// Every slice that a run of bytes touches.
     pub(crate) fn of_extent(&self, extent: &Extent) -> std::ops::RangeInclusive<u32> {
         let last = Extent { offset: extent.end() - 1, len: 1, ..*extent };
@@ -154,6 +162,16 @@ mod tests {
         let extent = Extent { region: RegionIndex(0), offset: (2 << 20) - 4096, len: 3 << 20 };
         assert_eq!(slices.locate(&extent), Place { slice: 0, offset: (2 << 20) - 4096, len: 4096 });
         assert_eq!(slices.of_extent(&extent), 0..=2);
+    }
+
+    #[test]
+    fn slices_that_several_extents_touch_are_counted_once() {
+        let memory = memory(&[5 << 20, 4096]);
+        let slices = Slices::cut(&memory, 2 << 20).unwrap();
+        let page = |region, offset| Extent { region: RegionIndex(region), offset, len: 4096 };
+        assert_eq!(slices.bytes_of(&[page(0, 0), page(0, 8192)]), 2 << 20);
+        assert_eq!(slices.bytes_of(&[page(0, 0), page(0, 4 << 20), page(1, 0)]), (3 << 20) + 4096);
+        assert_eq!(slices.bytes_of(&[]), 0);
     }
 
     #[test]
