@@ -97,6 +97,12 @@ pub fn source_word(own: Word, guest: Guest) -> (Word, Option<Step>) {
     }
 }
 
+/// Whether a target that answers with this has acted on what it was told. One whose session has just
+/// ended without knowing whose the guest is has not: it does when it is asked again.
+pub fn has_acted(word: Word) -> bool {
+    word != Word::Attempting
+}
+
 /// The source's plan; `own` is the word after [`source_word`] was put on record.
 pub fn source(own: Word, guest: Guest, peer: Peer) -> Plan {
     use End::*;
@@ -118,7 +124,9 @@ pub fn source(own: Word, guest: Guest, peer: Peer) -> Plan {
             (Peer::Says(Word::Running), Guest::Runs) => Plan::new([], RunsTwice),
             (Peer::Says(Word::Running), _) => Plan::new([Release, Forget], TheOthers),
             (_, Guest::Absent) => Plan::new([], Gone),
-            (Peer::Says(_), _) => Plan::new([Run, Forget], RunsHere),
+            (Peer::Says(word), _) if has_acted(word) => Plan::new([Run, Forget], RunsHere),
+            // The record stays: what is loaded there waits for its word.
+            (Peer::Says(_), _) => Plan::new([Run], RunsHere),
             (Peer::Unreachable | Peer::Dead, _) => Plan::new([Run], RunsHere),
         },
         Word::None | Word::Attempting | Word::Running => Plan::new([], Unknown),
@@ -314,6 +322,18 @@ mod tests {
         for guest in GUESTS {
             let plan = super::source(Word::HandedOver, guest, Peer::Unreachable);
             assert_eq!(plan, Plan::new([], End::Unknown));
+        }
+    }
+
+    #[test]
+    fn a_source_keeps_its_word_until_the_target_has_acted_on_it() {
+        for guest in [Guest::Runs, Guest::Whole] {
+            let kept = super::source(Word::Aborted, guest, Peer::Says(Word::Attempting));
+            assert_eq!(kept, Plan::new([Step::Run], End::RunsHere));
+            for word in [Word::Aborted, Word::None] {
+                let heard = super::source(Word::Aborted, guest, Peer::Says(word));
+                assert_eq!(heard, Plan::new([Step::Run, Step::Forget], End::RunsHere));
+            }
         }
     }
 

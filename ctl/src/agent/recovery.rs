@@ -184,7 +184,10 @@ pub fn ask(record: &Record, word: Word, until: Instant) -> Peer {
                 answer
             });
         match answered {
-            Ok(Message::Recovered(Recovered { word })) => return Peer::Says(word),
+            Ok(Message::Recovered(Recovered { word })) if recover::has_acted(word) => {
+                return Peer::Says(word);
+            }
+            Ok(Message::Recovered(_)) => tracing::debug!("the target's session has just ended"),
             Ok(other) => tracing::warn!(?other, "the target does not answer the question"),
             Err(error) => tracing::debug!(%error, "the target does not answer"),
         }
