@@ -4,7 +4,8 @@ use pageferry_datapath::{source, target};
 
 use crate::agent::Process;
 use crate::messages::failure;
-use crate::world::{Side, Step, World};
+use crate::recovery::Asked;
+use crate::world::{Decision, Side, Step, World};
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fault {
@@ -21,6 +22,12 @@ pub(crate) enum Fault {
     /// The agent is killed; of what it had sent, this much arrives.
     AgentDies(Side, usize),
     MonitorDies(Side),
+    /// The agent is killed, and its guard with it.
+    GuardDies(usize),
+    /// A process at this side's record is killed.
+    RecoveryDies(Side),
+    /// The host never comes back.
+    HostIsLost(Side, usize),
     /// Power is lost; what was written and not made durable is there or not.
     HostDies(Side, usize, bool),
     Cancel(Side),
@@ -61,13 +68,18 @@ impl World {
 
     fn faults_of(&self, side: Side, lens: [usize; 2], steps: &mut Vec<Step>) {
         let at = side as usize;
-        for index in 0..lens[at] {
+        // What a target's server tells its own session does not travel.
+        let travels = side == Side::Source || !self.asked.live();
+        for index in (0..lens[at]).filter(|_| travels) {
             steps.push(Step::Fault(Fault::Loss(side, index)));
             steps.push(Step::Fault(Fault::Duplicate(side, index, false)));
             if index + 1 < lens[at] {
                 steps.push(Step::Fault(Fault::Duplicate(side, index, true)));
                 steps.push(Step::Fault(Fault::Reorder(side, index)));
             }
+        }
+        if self.setting.recovers > 0 && !self.lost[at] {
+            self.later_faults_of(side, lens[side.other() as usize], steps);
         }
         if !self.works(side) {
             return;
@@ -93,6 +105,28 @@ impl World {
         }
     }
 
+    /// What can go wrong when agents are gone.
+    fn later_faults_of(&self, side: Side, sent: usize, steps: &mut Vec<Step>) {
+        let at = side as usize;
+        if self.jobs[at].is_some() {
+            steps.push(Step::Fault(Fault::RecoveryDies(side)));
+        }
+        if self.works(side) {
+            for arrives in 0..=sent {
+                steps.push(Step::Fault(Fault::HostIsLost(side, arrives)));
+                if side == Side::Source {
+                    steps.push(Step::Fault(Fault::GuardDies(arrives)));
+                }
+            }
+            return;
+        }
+        steps.push(Step::Fault(Fault::HostIsLost(side, 0)));
+        steps.push(Step::Fault(Fault::HostDies(side, 0, true)));
+        if self.disks[at].seen != self.disks[at].durable {
+            steps.push(Step::Fault(Fault::HostDies(side, 0, false)));
+        }
+    }
+
     pub(crate) fn strike(&mut self, fault: Fault) {
         self.faults -= 1;
         match fault {
@@ -115,10 +149,17 @@ impl World {
             }
             Fault::AgentDies(side, arrives) => self.agent_dies(side, arrives),
             Fault::MonitorDies(side) => self.monitor_dies(side),
-            Fault::HostDies(side, arrives, durable) => {
-                self.agent_dies(side, arrives);
-                self.monitor_dies(side);
+            Fault::GuardDies(arrives) => {
+                self.agent_dies(Side::Source, arrives);
                 self.guard = false;
+            }
+            Fault::RecoveryDies(side) => self.recovery_dies(side),
+            Fault::HostIsLost(side, arrives) => {
+                self.host_dies(side, arrives);
+                self.lost[side as usize] = true;
+            }
+            Fault::HostDies(side, arrives, durable) => {
+                self.host_dies(side, arrives);
                 let disk = &mut self.disks[side as usize];
                 if durable {
                     disk.seen = disk.durable;
@@ -134,6 +175,22 @@ impl World {
         }
     }
 
+    fn host_dies(&mut self, side: Side, arrives: usize) {
+        self.recovery_dies(side);
+        let recorded = matches!(self.disks[1].durable, None | Some(Decision::Running));
+        self.memory.unrecorded |= side == Side::Target && self.waiting.ran && !recorded;
+        if side == Side::Target && self.asked.is_there() {
+            self.asked = Asked::default();
+        }
+        if self.works(side) {
+            self.agent_dies(side, arrives);
+        }
+        self.monitor_dies(side);
+        if side == Side::Source {
+            self.guard = false;
+        }
+    }
+
     /// The process is gone; the kernel closes what it had open.
     fn agent_dies(&mut self, side: Side, arrives: usize) {
         self.ways[side.other() as usize].queue.truncate(arrives);
@@ -146,6 +203,7 @@ impl World {
                 self.guard = true;
             }
             Side::Target => {
+                self.recovery_dies(Side::Target);
                 self.target.leave(Process::Dead);
                 self.lane.fenced = true;
                 if self.lane.open {

@@ -28,6 +28,18 @@ pub(crate) enum Flaw {
     RunsUnasked,
     /// A guard lets the guest go on whatever the record says.
     GuardsBlindly,
+    /// A source that took the guest back forgets that before the target has heard of it.
+    ForgetsUnheard,
+    /// `recover` tells what it has not put on record.
+    TellsUnrecorded,
+    /// `recover` at the target runs what is loaded there without the source's word.
+    TargetRunsUntold,
+    /// `recover` at the source takes back what it has handed over without the target's word.
+    SourceRunsUntold,
+    /// `recover` lets the guest go on, and then writes down that it took it back.
+    RunsBeforeRecording,
+    /// `recover` at the source forgets what it could not tell.
+    ForgetsUntold,
     /// A guard goes by a record that may not have come to the disk.
     GuardTrustsCache,
 }
@@ -48,5 +60,24 @@ impl Flaw {
         (Self::RunsUnasked, 1, &[Rule::OneOwner]),
         (Self::GuardsBlindly, 1, &[Rule::OneOwner]),
         (Self::GuardTrustsCache, 2, &[Rule::OneOwner]),
+        (Self::ForgetsUnheard, 1, &[Rule::WayOut]),
+        (Self::TellsUnrecorded, 1, &[Rule::RecordFirst, Rule::WayOut]),
+        (Self::TargetRunsUntold, 1, &[Rule::OneOwner]),
+        (Self::SourceRunsUntold, 1, &[Rule::OneOwner]),
+        (Self::RunsBeforeRecording, 2, &[Rule::OneOwner]),
+        (Self::ForgetsUntold, 1, &[Rule::WayOut]),
     ];
+
+    /// How often `recover` is called on each side, where it takes that.
+    pub(crate) fn recovers(self) -> u8 {
+        match self {
+            Self::ForgetsUnheard
+            | Self::TellsUnrecorded
+            | Self::TargetRunsUntold
+            | Self::SourceRunsUntold
+            | Self::RunsBeforeRecording
+            | Self::ForgetsUntold => 1,
+            _ => 0,
+        }
+    }
 }

@@ -13,6 +13,7 @@ mod agent;
 mod faults;
 mod flaws;
 mod messages;
+mod recovery;
 mod rules;
 mod search;
 mod source;
@@ -59,7 +60,13 @@ fn one_search_as_asked_for() {
     let number = |name| std::env::var(name).ok().map(|text| text.parse().expect("a number"));
     let Some(faults) = number("PAGEFERRY_MODEL_FAULTS") else { return };
     let writes = number("PAGEFERRY_MODEL_WRITES").unwrap_or(2);
-    find_nothing(Setting { faults, writes, ..Setting::default() });
+    let recovers = number("PAGEFERRY_MODEL_RECOVERS").unwrap_or(0);
+    find_nothing(Setting { faults, writes, recovers, ..Setting::default() });
+}
+
+#[test]
+fn nor_does_recover_on_either_side_after_one_fault() {
+    find_nothing(Setting { faults: 1, writes: 0, recovers: 1, ..Setting::default() });
 }
 
 #[test]
@@ -74,8 +81,10 @@ fn what_goes_well_is_reached() {
 fn every_flaw_is_found() {
     for (flaw, faults, rules) in Flaw::ALL {
         // What it takes two faults to find has to do with owners, not with what is written.
-        let writes = if *faults < 2 { 2 } else { 0 };
-        let setting = Setting { faults: *faults, writes, flaw: Some(*flaw), ..Setting::default() };
+        let recovers = flaw.recovers();
+        let writes = if *faults < 2 && recovers == 0 { 2 } else { 0 };
+        let (faults, flaw) = (*faults, Some(*flaw));
+        let setting = Setting { faults, writes, recovers, flaw, ..Setting::default() };
         let found = search(setting, STATES_MAX);
         let (violation, path) = found.violation.unwrap_or_else(|| panic!("{flaw:?} was not found"));
         println!("{flaw:?}: {violation:?} after {} steps, {} states", path.len(), found.states);

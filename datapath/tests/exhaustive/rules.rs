@@ -32,6 +32,8 @@ pub(crate) enum Rule {
     /// Every migration ends: with the guest running on one side, or paused and whole on the side
     /// that the records name.
     Ends,
+    /// What is left after the worst is got out of by `recover`, with the same answer on both sides.
+    WayOut,
 }
 
 #[derive(Clone, Debug)]
@@ -131,19 +133,25 @@ impl World {
         if disk.seen == given || (disk.durable == given && !disk.failed) {
             self.break_rule(Rule::OneOwner, "runs at the source with a record that gave it away");
         }
-        if self.waiting.ran {
+        if self.waiting.ran && !self.lost[1] && !self.memory.unrecorded {
             self.break_rule(Rule::OneOwner, "runs at the source after it ran at the target");
         }
     }
 
     pub(crate) fn check_target_may_run(&mut self) {
-        if !self.memory.commit_left {
+        // Where the source is gone for good, its operator's word stands for the commit.
+        let word = self.lost[0] || self.setting.false_word;
+        if self.memory.went_on && !word {
+            self.break_rule(Rule::OneOwner, "an old copy runs at the target");
+        }
+        if !self.memory.commit_left && !word {
             self.break_rule(Rule::OneOwner, "runs at the target without a commit");
         }
         if self.guest.running {
             self.break_rule(Rule::OneOwner, "runs at the target while it runs at the source");
         }
-        if !self.waiting.loaded || self.waiting.pages != self.guest.pages {
+        let same = self.waiting.pages == self.guest.pages || word;
+        if !self.waiting.loaded || !same {
             self.break_rule(Rule::Same, "runs at the target with other memory, or not loaded");
         }
     }
@@ -166,7 +174,8 @@ impl World {
         if !as_told {
             self.break_rule(Rule::Told, format!("the source says {outcome:?}"));
         }
-        let left = self.guest.armed || self.lane.open || self.disks[0].seen.is_some();
+        let record = self.disks[0].seen.is_some() && self.setting.recovers == 0;
+        let left = self.guest.armed || self.lane.open || record;
         if running && left {
             self.break_rule(Rule::LeftAsItWas, "something of the attempt is left");
         }
@@ -195,6 +204,10 @@ impl World {
         }
         let owner = self.owner();
         let records = (self.disks[0].seen, self.disks[1].seen);
+        if self.setting.recovers > 0 {
+            self.check_way_out();
+            return self.end_of(owner);
+        }
         let closed = records == (None, None);
         if self.waiting.ran && owner == Side::Source && !closed && !self.disks[1].failed {
             self.break_rule(Rule::OneOwner, format!("it ran at the target; {records:?}"));
@@ -202,6 +215,18 @@ impl World {
         if self.guest.running && owner == Side::Target {
             self.break_rule(Rule::OneOwner, format!("it runs at the source; {records:?}"));
         }
+        let end = self.end_of(owner);
+        let there = end == End::Recoverable;
+        if there && owner == Side::Target && !self.waiting.loaded {
+            self.break_rule(Rule::OneOwner, format!("dropped where it belongs; {records:?}"));
+        }
+        if there && owner == Side::Target && self.waiting.pages != self.guest.pages {
+            self.break_rule(Rule::Same, "what could be recovered is not the guest");
+        }
+        end
+    }
+
+    fn end_of(&self, owner: Side) -> End {
         if self.waiting.ran {
             return if self.waiting.alive { End::Migrated } else { End::Gone };
         }
@@ -212,17 +237,19 @@ impl World {
             Side::Source => self.guest.alive,
             Side::Target => self.waiting.alive,
         };
-        if there && owner == Side::Target && !self.waiting.loaded {
-            self.break_rule(Rule::OneOwner, format!("dropped where it belongs; {records:?}"));
-        }
-        if there && owner == Side::Target && self.waiting.pages != self.guest.pages {
-            self.break_rule(Rule::Same, "what could be recovered is not the guest");
-        }
         if there { End::Recoverable } else { End::Gone }
     }
 
     /// Whose the guest is, by the records: the rule at the top of `source`.
-    fn owner(&self) -> Side {
+    pub(crate) fn owner(&self) -> Side {
+        if self.setting.recovers > 0 {
+            // Records are removed when both sides know: it is where it ran last.
+            match (self.waiting.ran && !self.memory.unrecorded, self.memory.went_on) {
+                (true, _) => return Side::Target,
+                (_, true) => return Side::Source,
+                _ => {}
+            }
+        }
         let (source, target) = (self.disks[0].seen, self.disks[1].seen);
         let given = source == Some(Decision::HandedOver) && target != Some(Decision::Aborted);
         if given || target == Some(Decision::Running) { Side::Target } else { Side::Source }

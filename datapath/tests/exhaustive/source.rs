@@ -18,6 +18,7 @@ impl World {
         let mut input = Some(input);
         while let Some(next) = input.take() {
             let lost = matches!(next, Input::PeerLost(_));
+            self.memory.given_back |= matches!(next, Input::Message(Message::Abort(_)));
             // A flawed one thinks that the guest is its own again.
             if lost && self.has(Flaw::TakesBack) && self.source.machine.phase() == Phase::Committed
             {
@@ -166,7 +167,7 @@ impl World {
             Command::Unwind => {
                 self.ways[Side::Target as usize].down = true;
                 self.lane_is_reset();
-                if self.guest.running {
+                if self.guest.running && self.target_knows() {
                     self.disks[0].seen = None;
                 }
                 self.answer_source(Input::Unwound { guest_running: self.guest.running });
@@ -207,13 +208,21 @@ impl World {
                 self.guest.armed = false;
                 self.ways[Side::Target as usize].down = true;
                 self.lane_is_reset();
-                if self.guest.running {
+                if self.guest.running && self.target_knows() {
                     self.disks[0].seen = None;
                 }
                 self.answer_source(Input::Unwound { guest_running: self.guest.running });
             }
             _ => self.answer_source(Input::Failed(failure())),
         }
+    }
+
+    /// What was never loaded nobody asks for; what may have been stays on record until the target
+    /// has said that it heard.
+    fn target_knows(&self) -> bool {
+        let retracted = self.disks[0].seen == Some(Decision::Aborted);
+        let careless = self.setting.recovers == 0 || self.has(Flaw::ForgetsUnheard);
+        careless || !retracted || self.memory.given_back
     }
 
     fn populated(&self) -> Pages {
@@ -227,6 +236,9 @@ impl World {
         self.lane_is_reset();
         self.close(Side::Source);
         self.source.leave(Process::Ended);
+        if self.guest.running && self.disks[0].seen == Some(Decision::Aborted) {
+            self.agent_tells();
+        }
     }
 }
 

@@ -89,6 +89,7 @@ impl World {
                 }
                 self.check_loading();
                 self.waiting.loaded = true;
+                self.memory.loaded_once = self.setting.recovers > 0;
                 self.answer_target(Some(Input::Loaded { took }));
             }
             Command::Resume if half == 0 => {
@@ -123,7 +124,7 @@ impl World {
                 if recording {
                     self.disks[1].write(Some(Decision::Aborted));
                 }
-                let loaded = self.waiting.loaded;
+                let loaded = self.waiting.loaded || self.memory.loaded_once;
                 self.waiting.loaded = false;
                 if !loaded {
                     self.disks[1].seen = None;
@@ -156,6 +157,7 @@ impl World {
         if self.lane.open {
             self.source.tell(pageferry_datapath::source::Input::Failed(failure()));
         }
+        self.session_over(self.target.machine.outcome().cloned().as_ref());
         self.target.leave(Process::Ended);
     }
 }

@@ -15,12 +15,14 @@ use std::time::Duration;
 
 use pageferry_datapath::control::Message;
 use pageferry_datapath::planner::{Goals, Stalled};
+use pageferry_datapath::recover::End;
 use pageferry_datapath::{source, target};
 
 use crate::agent::Agent;
 use crate::faults::Fault;
 use crate::flaws::Flaw;
 use crate::messages::{self, Pages, hash_message};
+use crate::recovery::{Asked, Job, Recovers};
 use crate::rules::{Rule, Violation};
 
 pub(crate) const PAGES: usize = 2;
@@ -41,12 +43,26 @@ pub(crate) struct Setting {
     pub(crate) rounds: bool,
     pub(crate) drain: bool,
     pub(crate) verify: bool,
+    /// How often each side's operator may call `recover`; 0: what is said here of guards, too, is as
+    /// simple as it was without.
+    pub(crate) recovers: u8,
+    /// Operators say that the other side is dead when it is not.
+    pub(crate) false_word: bool,
     pub(crate) flaw: Option<Flaw>,
 }
 
 impl Default for Setting {
     fn default() -> Self {
-        Self { faults: 0, writes: 2, rounds: false, drain: false, verify: false, flaw: None }
+        Self {
+            faults: 0,
+            writes: 2,
+            rounds: false,
+            drain: false,
+            verify: false,
+            recovers: 0,
+            false_word: false,
+            flaw: None,
+        }
     }
 }
 
@@ -81,6 +97,7 @@ pub(crate) enum Step {
     LanePlaces,
     GuestWrites(usize),
     Guards,
+    Recovers(Recovers),
     Fault(Fault),
 }
 
@@ -167,6 +184,15 @@ pub(crate) struct Memory {
     pub(crate) announced: Option<(u32, Pages, [u8; PAGES])>,
     /// By the scan on its way.
     pub(crate) found: Pages,
+    /// The guest ran at the source after it was loaded at the target: that copy is old.
+    pub(crate) went_on: bool,
+    /// The target's agent has loaded it, whatever became of its monitor since.
+    pub(crate) loaded_once: bool,
+    /// It ran at the target for the moment between two steps, and its host died before that was on
+    /// record: nobody can know of it any more. SPECIFICATION.md names this.
+    pub(crate) unrecorded: bool,
+    /// The target has said that it gave the guest up.
+    pub(crate) given_back: bool,
 }
 
 #[derive(Clone)]
@@ -187,6 +213,15 @@ pub(crate) struct World {
     pub(crate) ways: [Way; 2],
     pub(crate) lane: Lane,
     pub(crate) memory: Memory,
+    /// Who is at the records, of agents that are gone.
+    pub(crate) jobs: [Option<Job>; 2],
+    pub(crate) asked: Asked,
+    /// How often `recover` may be called yet.
+    pub(crate) recovers: [u8; 2],
+    /// Hosts that never come back.
+    pub(crate) lost: [bool; 2],
+    /// What the last `recover` has said.
+    pub(crate) ends: [Option<End>; 2],
     pub(crate) violation: Option<Violation>,
 }
 
@@ -242,7 +277,21 @@ impl World {
                 barrier_due: false,
                 queue: VecDeque::new(),
             },
-            memory: Memory { touched: false, commit_left: false, announced: None, found: 0 },
+            memory: Memory {
+                touched: false,
+                commit_left: false,
+                announced: None,
+                found: 0,
+                went_on: false,
+                loaded_once: false,
+                unrecorded: false,
+                given_back: false,
+            },
+            jobs: [None, None],
+            asked: Asked::default(),
+            recovers: [setting.recovers; 2],
+            lost: [false; 2],
+            ends: [None; 2],
             violation: None,
         }
     }
@@ -284,6 +333,7 @@ impl World {
         if waiting {
             steps.extend(self.who_gives_up().map(Step::GivesUp));
         }
+        self.recoveries(&mut steps);
         if self.faults > 0 {
             self.faults_now(!waiting, &mut steps);
         }
@@ -358,6 +408,7 @@ impl World {
             Step::LanePlaces => self.lane_places(),
             Step::GuestWrites(page) => self.guest_writes(page),
             Step::Guards => self.guard_acts(),
+            Step::Recovers(step) => self.take_recovery(step),
             Step::Fault(fault) => self.strike(fault),
         }
         self.check();
@@ -461,6 +512,9 @@ impl World {
     /// The source's guard after the agent's death: `take_over` of `ctl/src/qemu/guard.rs`.
     fn guard_acts(&mut self) {
         self.guard = false;
+        if self.setting.recovers > 0 {
+            return self.guard_recovers();
+        }
         let given = !matches!(self.disks[0].seen, Some(Decision::Attempting | Decision::Aborted));
         if given && !self.has(Flaw::GuardsBlindly) {
             return;
@@ -477,6 +531,7 @@ impl World {
     pub(crate) fn runs_at_source(&mut self) {
         self.check_source_may_run();
         self.guest.running = true;
+        self.memory.went_on |= self.waiting.loaded;
     }
 
     pub(crate) fn fingerprint(&self) -> u64 {
@@ -528,6 +583,7 @@ impl World {
         }
         (self.faults, self.guard, self.guarded, self.guest, self.waiting).hash(&mut hasher);
         (&self.disks, &self.lane, &self.memory).hash(&mut hasher);
+        (&self.jobs, &self.asked, &self.recovers, &self.lost).hash(&mut hasher);
         hasher.finish()
     }
 }
