@@ -45,7 +45,7 @@ Examples:
 
 Exit codes of migrate and target: 0 the guest runs at the target; 1 failed, the guest runs at the
 source; 2 bad usage; 3 refused before the guest was touched; 4 hand-over uncertain; 5 failed, and
-the guest is paused at the source.";
+the guest is paused at the source; 6 its QEMU ended, and the guest with it.";
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]
@@ -321,9 +321,15 @@ Examples:
       pageferry recover 0123456789abcdef0123456789abcdef
   The source's host burned down; the guest is loaded and paused at the target:
       pageferry recover 0123456789abcdef0123456789abcdef --peer-is-dead
+  It is settled here, and `pageferry status` on the other side knows nothing of it:
+      pageferry recover 0123456789abcdef0123456789abcdef --forget
 
 --peer-is-dead is your word that the other side's QEMU does not run and never will. If it does, the
 guest runs twice, and both write to its disks.
+
+--forget is your word that the other side has no record of the session. If it has one, and its QEMU
+waits for the word of this side, it waits for ever: nothing runs that should not, but only
+--peer-is-dead there gets it going or you end it.
 
 Exit codes: 0 every session is settled; 1 a guest is gone; 2 bad usage; 3 a record is in use or can't
 be read; 4 only the other side knows, and it does not answer; 5 a guest did not go on.";
@@ -338,6 +344,10 @@ pub struct RecoverArgs {
     /// The other side's guest does not run and never will: your word.
     #[arg(long, requires = "session")]
     pub peer_is_dead: bool,
+    /// Remove the record of a session that is settled here and that the other side has no record of:
+    /// your word.
+    #[arg(long, requires = "session", conflicts_with = "peer_is_dead")]
+    pub forget: bool,
     /// For how many seconds to wait for the other side.
     #[arg(long, value_name = "S", default_value_t = WAIT_S)]
     pub wait: u64,

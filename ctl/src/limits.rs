@@ -152,6 +152,14 @@ pub const RECOVER_TRY_MIN: Duration = Duration::from_secs(1);
 /// Pause between two questions.
 pub const RECOVER_PAUSE: Duration = Duration::from_millis(500);
 
+/// How long a monitor that no longer answers may take to be gone, before it counts as paused: that is
+/// only what is said of it.
+pub const MONITOR_ENDS_MAX: Duration = Duration::from_millis(300);
+
+/// How long a side that has said the end of a session waits for the other to have acted on it: that
+/// takes a write to its disk, and letting a guest go on. After that its record stays.
+pub const SETTLE_MAX: Duration = Duration::from_secs(5);
+
 /// How long it is tried to tell the other side what it need not know at once.
 pub const RECOVER_TELL_MAX: Duration = Duration::from_secs(2);
 /// How long one who asks an agent may take to say what, and to listen: a local process does it at

@@ -248,6 +248,7 @@ pub fn exit_of(outcome: &Outcome) -> Exit {
             FailureKind::Refused => Exit::Refused,
             FailureKind::RunsAtSource => Exit::RunningAtSource,
             FailureKind::PausedAtSource => Exit::PausedAtSource,
+            FailureKind::Gone => Exit::GuestGone,
             FailureKind::Uncertain => Exit::HandoverUncertain,
         },
     }
@@ -347,6 +348,7 @@ fn running_on(outcome: &Outcome) -> RunningOn {
         Outcome::Failed { kind, .. } => match kind {
             FailureKind::Refused | FailureKind::RunsAtSource => RunningOn::Source,
             FailureKind::PausedAtSource => RunningOn::None,
+            FailureKind::Gone => RunningOn::Gone,
             FailureKind::Uncertain => RunningOn::Uncertain,
         },
     }

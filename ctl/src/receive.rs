@@ -162,10 +162,10 @@ fn say_result(args: &TargetArgs, result: &TargetResult) {
     match &result.outcome {
         Outcome::Runs => {
             say(args, "running", "the guest runs here", session);
-            if !result.heard {
+            if !result.settled {
                 eprintln!(
-                    "hint: the source has not heard it; `pageferry recover {}`, here and there, \
-                     tells it",
+                    "hint: the source has not said that it knows; `pageferry recover {}`, here \
+                     and there, tells it",
                     result.session
                 );
             }

@@ -38,7 +38,7 @@ pub fn run(args: &RecoverArgs) -> Exit {
                 eprintln!("error: {}: {}", record.session, failure::chain("", &error));
                 eprintln!("hint: {}", hint(&error));
                 match error {
-                    RecoveryError::Record(_) => Exit::Refused,
+                    RecoveryError::Record(_) | RecoveryError::Undecided { .. } => Exit::Refused,
                     RecoveryError::Run { .. } => Exit::PausedAtSource,
                 }
             }
@@ -49,6 +49,9 @@ pub fn run(args: &RecoverArgs) -> Exit {
 }
 
 fn recover(args: &RecoverArgs, path: &Path, record: &Record) -> Result<End, RecoveryError> {
+    if args.forget {
+        return Side::open(path)?.forget_settled();
+    }
     let until = Instant::now() + Duration::from_secs(args.wait);
     match record.role {
         Role::Source => Side::open(path)?.recover_source(args.peer_is_dead, until),
@@ -194,6 +197,7 @@ fn hint(error: &RecoveryError) -> String {
             "its agent lives: see `pageferry status`, end it with `pageferry cancel`".into()
         }
         RecoveryError::Record(error) => format!("look at {}", shown(&error.path)),
+        RecoveryError::Undecided { .. } => "leave out --forget".into(),
         RecoveryError::Run { qmp, .. } => {
             format!("connect to {} and look with `query-status`", shown(qmp))
         }

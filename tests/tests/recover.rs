@@ -109,9 +109,32 @@ fn with_the_target_dead_the_guest_goes_on_at_the_source_by_the_operator_s_word()
     drop(waiting);
     let session = done(command(&scene, true, "source-1", &["status", "--json"])?)?;
     let session = session.events[0]["session"].as_str().ok_or("a session")?.to_owned();
+    // It was allowed to run there, and nobody can know whether it did before it was lost.
+    let there = command(&scene, false, "target-1", &["recover", "--json", "--wait", "20"])?;
+    let here = done(command(&scene, true, "source-1", &["recover", "--json", "--wait", "5"])?)?;
+    let there = done(there)?;
+    for asked in [&here, &there] {
+        assert_eq!((asked.code, &asked.events[0]["end"]), (4, &"unknown".into()));
+    }
     let word = ["recover", &session, "--peer-is-dead", "--wait", "1", "--json"];
     let recover = done(command(&scene, true, "source-1", &word)?)?;
     assert_eq!((recover.code, &recover.events[0]["end"]), (0, &"runs-here".into()));
+    scene.assert_goes_on()?;
+    // The other side comes back, and learns of it; then nobody keeps a record.
+    let there = command(&scene, false, "target-1", &["recover", "--json", "--wait", "20"])?;
+    let here = done(command(&scene, true, "source-1", &["recover", "--json", "--wait", "15"])?)?;
+    let there = done(there)?;
+    assert_eq!((here.code, &here.events[0]["end"]), (0, &"runs-here".into()), "{}", here.stderr);
+    assert_eq!(
+        (there.code, &there.events[0]["end"]),
+        (0, &"the-others".into()),
+        "{}",
+        there.stderr
+    );
+    for (at_source, name) in [(true, "source-1"), (false, "target-1")] {
+        let left = done(command(&scene, at_source, name, &["status", "--json"])?)?;
+        assert!(left.events.is_empty(), "{name}: {:?}", left.events);
+    }
     scene.assert_goes_on()?;
     scene.assert_clean()?;
     Ok(())
@@ -133,6 +156,12 @@ fn with_the_source_s_host_dead_the_loaded_guest_runs_by_the_operator_s_word() ->
     let word = ["recover", &session, "--peer-is-dead", "--json"];
     let recover = done(command(&scene, false, "target-1", &word)?)?;
     assert_eq!((recover.code, &recover.events[0]["end"]), (0, &"runs-here".into()));
+    // Nobody will ever ask for the record.
+    let forget = ["recover", &session, "--forget", "--json"];
+    let forgot = done(command(&scene, false, "target-1", &forget)?)?;
+    assert_eq!((forgot.code, &forgot.events[0]["end"]), (0, &"runs-here".into()));
+    let left = done(command(&scene, false, "target-1", &["status", "--json"])?)?;
+    assert!(left.events.is_empty(), "{:?}", left.events);
     scene.moved_to(waiting);
     scene.assert_goes_on()?;
     Ok(())

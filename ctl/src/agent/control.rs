@@ -12,7 +12,8 @@
 //! cut each side sends what the other has not heard, once and in order. A cut that lasts longer than
 //! the patience, or a peer that does not rejoin, is a lost peer; the state machines never hear of
 //! any other. What the messages mean is none of its business, except [`Message::Hello`] and
-//! [`Message::Welcome`], which agree on all this.
+//! [`Message::Welcome`], which agree on all this, and [`Message::Recover`]: that the peer has not only
+//! heard the end, but acted on it ([`Control::settled`]).
 //!
 //! Locks, in this order: `writing`, `delivery`, `state`. Who holds `delivery` only tries `writing`;
 //! nothing blocks while `state` is held. The reader waits for room ([`Backlog`]) with none of them.
@@ -23,7 +24,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use pageferry_datapath::control::{Heard, Hello, Message, Ticket, encode};
+use pageferry_datapath::control::{Heard, Hello, Message, Recover, Ticket, Word, encode};
 use pageferry_datapath::ids::SessionId;
 
 use self::state::State;
@@ -246,6 +247,27 @@ impl Control {
         self.state().ended
     }
 
+    /// Says what the record here says, now that this side has acted on the end: `none` if there is no
+    /// record any more. Nobody may be there to hear it.
+    pub fn settle(&self, word: Word) -> bool {
+        let session = self.state().session;
+        self.send(&Message::Recover(Recover { session, word })).is_ok()
+    }
+
+    /// Waits until the peer has heard everything, through cuts and at most `within`, and then a while
+    /// for what its record says now that it has acted on it. To have heard is not enough: it may be
+    /// killed, or its disk fail, before it acts.
+    pub fn settled(&self, within: Duration) -> Option<Word> {
+        self.wait_while(Instant::now() + within, |state| {
+            let unheard = state.key.is_some() && !state.kept.is_empty();
+            state.settled.is_none() && !state.ended && unheard
+        });
+        self.wait_while(Instant::now() + limits::SETTLE_MAX, |state| {
+            state.settled.is_none() && !state.ended && !state.cut
+        });
+        self.state().settled
+    }
+
     fn wait_while(&self, until: Instant, mut condition: impl FnMut(&State) -> bool) {
         let mut state = self.state();
         while condition(&state) {
@@ -339,12 +361,23 @@ impl Control {
             _ => {}
         }
         state.received += 1;
-        state.closing |= matches!(message, Message::Running(_) | Message::Abort(_));
+        let settles = match &message {
+            Message::Recover(Recover { word, .. }) => {
+                state.settled = Some(*word);
+                true
+            }
+            _ => false,
+        };
+        state.closing |= settles || matches!(message, Message::Running(_) | Message::Abort(_));
         let untold = state.received - state.told;
         let tell = state.key.is_some() && (untold >= limits::HEARD_EVERY || is_last(&message));
         drop(state);
         if tell {
             self.tell();
+        }
+        if settles {
+            self.shared.changed.notify_all();
+            return;
         }
         on_event(Event::Message(message, self.shared.backlog.take(bytes)));
     }
@@ -373,7 +406,8 @@ impl std::fmt::Debug for Control {
 
 /// After these a side may go: the other must know soon that they were heard.
 fn is_last(message: &Message) -> bool {
-    matches!(message, Message::Commit | Message::Running(_) | Message::Abort(_))
+    use Message::{Abort, Commit, Recover, Running};
+    matches!(message, Commit | Running(_) | Abort(_) | Recover(_))
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

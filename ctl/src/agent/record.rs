@@ -47,6 +47,8 @@ pub enum Decision {
     Attempting,
     /// Source: the guest is the target's from here on. Written before the commit leaves.
     HandedOver,
+    /// Target: the guest is loaded, and runs as soon as the source says so.
+    Ready,
     /// The target's guest runs.
     Running,
     /// Given up: the guest is the source's.
@@ -116,6 +118,7 @@ impl Record {
         match self.decision {
             Decision::Attempting => Word::Attempting,
             Decision::HandedOver => Word::HandedOver,
+            Decision::Ready => Word::Ready,
             Decision::Running => Word::Running,
             Decision::Aborted => Word::Aborted,
         }

@@ -25,6 +25,12 @@ pub enum RecoveryError {
     /// The record can't be read, written, or belongs to an agent that lives.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// It is not settled whose the guest is.
+    #[error("its record says {decision:?}: that is not for this side alone to forget")]
+    Undecided {
+        /// What the record says.
+        decision: Decision,
+    },
     /// The guest did not go on.
     #[error("the guest on {} does not go on", qmp.display())]
     Run {
@@ -42,6 +48,8 @@ pub struct Side {
     records: Option<Records>,
     record: Record,
     qmp: Option<Qmp>,
+    /// Source: where the target answered last, and waits to hear that this side has acted on it.
+    answered: Option<Link>,
 }
 
 impl Side {
@@ -50,7 +58,7 @@ impl Side {
         let records = Records::open(path)?;
         let record = records.record().clone();
         let qmp = Qmp::connect(&record.qmp).ok().filter(|qmp| is_monitor(qmp, record.pid));
-        Ok(Self { records: Some(records), record, qmp })
+        Ok(Self { records: Some(records), record, qmp, answered: None })
     }
 
     /// What its record said when it was opened.
@@ -81,14 +89,24 @@ impl Side {
         let guest = self.guest();
         let (word, first) = recover::source_word(self.word(), guest);
         self.carry_out(first.as_slice())?;
-        let mut peer = ask(&self.record, word, until);
-        if peer_is_dead && peer == Peer::Unreachable {
+        let mut peer = self.ask(word, until);
+        // One that answers at all is not dead; but its QEMU is, if that is all it knows.
+        if peer_is_dead && matches!(peer, Peer::Unreachable | Peer::Says(Word::Ready)) {
             peer = Peer::Dead;
         }
         let plan = recover::source(self.word(), guest, peer);
         self.carry_out(&plan.steps)?;
         self.set_back(plan.end);
+        if let Some(link) = self.answered.take().filter(|_| self.records.is_none()) {
+            settle(&link, self.record.session);
+        }
         Ok(plan.end)
+    }
+
+    fn ask(&mut self, word: Word, until: Instant) -> Peer {
+        let (peer, link) = ask(&self.record, word, until);
+        self.answered = link;
+        peer
     }
 
     /// The target's way to its end, with what is known of the source.
@@ -97,6 +115,19 @@ impl Side {
         self.carry_out(&plan.steps)?;
         self.set_back(plan.end);
         Ok(plan.end)
+    }
+
+    /// Removes a record that says what is so, whoever asks; by the operator's word nobody does.
+    pub fn forget_settled(&mut self) -> Result<End, RecoveryError> {
+        let end = match (self.record.decision, self.record.role) {
+            (Decision::Running, _) | (Decision::Aborted, Role::Source) => End::RunsHere,
+            (Decision::Aborted, Role::Target) => End::TheOthers,
+            (decision, _) => return Err(RecoveryError::Undecided { decision }),
+        };
+        match self.records.take() {
+            Some(records) => records.remove().map(|()| end).map_err(RecoveryError::Record),
+            None => Ok(end),
+        }
     }
 
     /// A guest that runs here is its owner's again, with the migration settings it had.
@@ -121,7 +152,7 @@ impl Side {
                 Step::Release => {}
                 Step::Tell => {
                     let until = Instant::now() + limits::RECOVER_TELL_MAX;
-                    let _it_may_not_hear_it = ask(&self.record, self.word(), until);
+                    let _it_may_not_hear_it = self.ask(self.word(), until);
                 }
                 Step::Forget => self.forget(),
             }
@@ -130,8 +161,10 @@ impl Side {
     }
 
     fn forget(&mut self) {
-        if let Some(records) = self.records.take() {
-            records.forget();
+        // Durably: a source says then that it has none, and the target forgets its own.
+        if let Some(Err(error)) = self.records.take().map(Records::remove) {
+            tracing::warn!(%error, "the record of this session stays");
+            self.answered = None;
         }
     }
 
@@ -139,6 +172,7 @@ impl Side {
         let decision = match word {
             Word::Attempting | Word::None => Decision::Attempting,
             Word::HandedOver => Decision::HandedOver,
+            Word::Ready => Decision::Ready,
             Word::Running => Decision::Running,
             Word::Aborted => Decision::Aborted,
         };
@@ -170,32 +204,42 @@ fn caller(security: &RecordedSecurity) -> Caller {
     }
 }
 
-/// Tells the target the source's word and asks for its own, again and again until `until`.
-pub fn ask(record: &Record, word: Word, until: Instant) -> Peer {
+/// Tells the target the source's word and asks for its own, again and again until `until`. If it
+/// answers it waits, on the connection that comes with it, for [`settle`].
+pub fn ask(record: &Record, word: Word, until: Instant) -> (Peer, Option<Link>) {
     let question = Message::Recover(Recover { session: record.session, word });
+    let mut known = Peer::Unreachable;
     loop {
         let left = until.saturating_duration_since(Instant::now());
         let within = left.clamp(limits::RECOVER_TRY_MIN, limits::RECOVER_ANSWER_MAX);
         let answered =
             Link::connect(&record.peer, &caller(&record.security), within).and_then(|link| {
                 link.send(&question)?;
-                let answer = link.receive(within);
-                link.close();
-                answer
+                Ok((link.receive(within)?, link))
             });
         match answered {
-            Ok(Message::Recovered(Recovered { word })) if recover::has_acted(word) => {
-                return Peer::Says(word);
+            Ok((Message::Recovered(Recovered { word }), link)) if recover::has_acted(word) => {
+                return (Peer::Says(word), Some(link));
             }
-            Ok(Message::Recovered(_)) => tracing::debug!("the target's session has just ended"),
-            Ok(other) => tracing::warn!(?other, "the target does not answer the question"),
+            Ok((Message::Recovered(Recovered { word }), _)) => {
+                tracing::debug!(?word, "the target does not know whose the guest is");
+                known = Peer::Says(word);
+            }
+            Ok((other, _)) => tracing::warn!(?other, "the target does not answer the question"),
             Err(error) => tracing::debug!(%error, "the target does not answer"),
         }
         if Instant::now() >= until {
-            return Peer::Unreachable;
+            return (known, None);
         }
         thread::sleep(limits::RECOVER_PAUSE);
     }
+}
+
+/// Source: nothing is left here for the target to answer to; it may forget the session, too.
+pub fn settle(link: &Link, session: SessionId) {
+    // Its record stays if it does not hear this, and says what is so.
+    let _harmless = link.send(&Message::Recover(Recover { session, word: Word::None }));
+    link.finish();
 }
 
 /// Target: acts on the source's word, and answers with what the record here says then; forgets it
@@ -204,6 +248,7 @@ pub fn answer(state_dir: &Path, link: &Link, ask: Recover) -> Option<End> {
     let path = record::path_of(state_dir, ask.session, Role::Target);
     if !path.exists() {
         tell(link, Word::None);
+        link.finish();
         return None;
     }
     let answered = Side::open(&path).and_then(|mut side| {
@@ -213,11 +258,15 @@ pub fn answer(state_dir: &Path, link: &Link, ask: Recover) -> Option<End> {
     });
     match answered {
         Ok((mut side, end)) => {
-            let told = tell(link, side.word());
-            if told && recover::target_may_forget(side.word(), ask.word) {
+            if !tell(link, side.word()) {
+                return None;
+            }
+            let settled = || recover::has_acted(side.word()) && has_settled(link);
+            if recover::target_may_forget(side.word(), ask.word) || settled() {
                 side.forget();
             }
-            told.then_some(end)
+            link.finish();
+            Some(end)
         }
         // Without an answer the source keeps what it has, and asks again.
         Err(error) => {
@@ -227,12 +276,18 @@ pub fn answer(state_dir: &Path, link: &Link, ask: Recover) -> Option<End> {
     }
 }
 
-/// Answers, and ends the connection. Returns whether the answer left.
+/// Answers. Returns whether the answer left; whether it was heard, and acted on, says
+/// [`has_settled`].
 pub fn tell(link: &Link, word: Word) -> bool {
     // Who is gone asks again.
-    let told = link.send(&Message::Recovered(Recovered { word })).is_ok();
-    link.finish();
-    told
+    link.send(&Message::Recovered(Recovered { word })).is_ok()
+}
+
+/// Target: whether the source says that it has acted on the answer, and keeps no record any more. One
+/// that keeps its own asks again.
+pub fn has_settled(link: &Link) -> bool {
+    let word = link.receive(limits::SETTLE_MAX);
+    matches!(word, Ok(Message::Recover(Recover { word: Word::None, .. })))
 }
 
 /// Whether the guest of a session runs on this side.
@@ -256,10 +311,12 @@ pub fn in_words(end: End, role: Role) -> &'static str {
         (End::TheOthers, Role::Source) => "the guest is the target's; here it stays paused",
         (End::TheOthers, Role::Target) => "the guest is the source's; end the QEMU that waits here",
         (End::Unknown, Role::Source) => {
-            "the hand-over was decided and the target does not answer: the guest stays paused here"
+            "the hand-over was decided, and the target does not answer or can't know whether it ran \
+             there before its QEMU was lost: the guest stays paused here"
         }
         (End::Unknown, Role::Target) => {
-            "the guest is loaded and paused here; only the source's record says whose it is"
+            "the guest is loaded and paused here, or may have run before its QEMU was lost; only the \
+             source's record says whose it is"
         }
         (End::Gone, _) => "the guest is gone: its QEMU ended before it was loaded elsewhere",
         (End::RunsTwice, _) => {

@@ -121,6 +121,7 @@ impl Row {
             (MigrationOutcome::Migrated, _) => Fate::Moved,
             (_, RunningOn::Uncertain | RunningOn::Target) => Fate::Uncertain,
             (_, RunningOn::None) => Fate::Paused,
+            (_, RunningOn::Gone) => Fate::Gone,
             (_, RunningOn::Source) if summary.exit_code == Exit::Refused.code() => Fate::Refused,
             (_, RunningOn::Source) => Fate::Stays,
         };

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use caps::Capability;
 use pageferry_datapath::control::Word;
-use pageferry_datapath::recover::Peer;
+use pageferry_datapath::recover::{self, Peer};
 use pageferry_datapath::source::Failure;
 use serde::{Deserialize, Serialize};
 
@@ -165,9 +165,14 @@ fn take_over(charge: &Charge, paused: bool) -> Exit {
             eprintln!("error: the source agent ended unexpectedly: the guest runs on here");
             let until = Instant::now() + RECOVER_TELL_MAX;
             match recovery::ask(records.record(), Word::Aborted, until) {
-                Peer::Says(_) => records.forget(),
+                (Peer::Says(word), link) if recover::has_acted(word) => {
+                    let forgot = records.remove().is_ok();
+                    if let Some(link) = link.filter(|_| forgot) {
+                        recovery::settle(&link, session);
+                    }
+                }
                 // Should the target ask one day, or its operator.
-                Peer::Unreachable | Peer::Dead => {
+                _ => {
                     eprintln!("hint: the target was not told; pageferry recover {session} does it");
                 }
             }

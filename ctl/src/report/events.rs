@@ -238,6 +238,8 @@ pub enum RunningOn {
     Target,
     /// On neither: whole at the source, but it did not resume.
     None,
+    /// On neither: its QEMU ended before it was loaded elsewhere.
+    Gone,
     /// The hand-over was decided and not confirmed: paused at the source, perhaps running at the
     /// target.
     Uncertain,

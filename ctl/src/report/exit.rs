@@ -19,17 +19,20 @@ pub enum Exit {
     HandoverUncertain = 4,
     /// It failed, and the guest, whole at the source, did not resume when asked to.
     PausedAtSource = 5,
+    /// It failed; the guest is gone: its QEMU ended before it was loaded elsewhere.
+    GuestGone = 6,
 }
 
 impl Exit {
     /// Every way to end, for the documentation's table and its test.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Done,
         Self::RunningAtSource,
         Self::BadUsage,
         Self::Refused,
         Self::HandoverUncertain,
         Self::PausedAtSource,
+        Self::GuestGone,
     ];
 
     /// The number.
@@ -50,6 +53,9 @@ impl Exit {
                 "hand-over uncertain: the guest is paused at the source and may run at the target"
             }
             Self::PausedAtSource => "failed; the guest is whole at the source, but still paused",
+            Self::GuestGone => {
+                "failed; the guest is gone: its QEMU ended before it was loaded elsewhere"
+            }
         }
     }
 }
@@ -67,6 +73,6 @@ mod tests {
     #[test]
     fn codes_are_the_documented_ones() {
         let codes = Exit::ALL.map(Exit::code);
-        assert_eq!(codes, [0, 1, 2, 3, 4, 5]);
+        assert_eq!(codes, [0, 1, 2, 3, 4, 5, 6]);
     }
 }

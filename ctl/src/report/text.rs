@@ -30,6 +30,7 @@ fn headline(summary: &Summary, colour: bool) -> String {
         RunningOn::Target => "the guest runs on the target",
         RunningOn::Source => "the guest runs at the source, as before",
         RunningOn::None => "the guest is whole at the source, but still paused",
+        RunningOn::Gone => "the guest is gone: its QEMU ended before it was loaded elsewhere",
         RunningOn::Uncertain => "paused at the source, and may run on the target",
     };
     format!("{}: {place}", style.bold().force_styling(colour).apply_to(outcome))

@@ -14,7 +14,10 @@ pub enum Word {
     Attempting,
     /// Source: the guest is the target's.
     HandedOver,
-    /// Target: the guest is loaded, and runs or is about to.
+    /// Target: the guest is loaded, and runs when the commit comes: it may have, if nothing else is
+    /// to be found there.
+    Ready,
+    /// Target: the guest runs.
     Running,
     /// The guest is the source's, for good.
     Aborted,

@@ -9,6 +9,7 @@ use crate::control::{Abort, AbortReason, Message, Offer};
 use crate::digest::MemoryDigest;
 use crate::limits;
 use crate::planner::{self, Goals, Measured};
+use crate::recover::Guest;
 
 /// After the commit left: only the target's word counts.
 pub(super) fn committed(
@@ -77,11 +78,12 @@ fn uncertain(failure: Failure) -> State {
 
 pub(super) fn unwinding(state: State, input: Input) -> State {
     match (state, input) {
-        (State::Unwinding { failure, untouched }, Input::Unwound { guest_running }) => {
-            let kind = match (guest_running, untouched) {
-                (true, true) => FailureKind::Refused,
-                (true, false) => FailureKind::RunsAtSource,
-                (false, _) => FailureKind::PausedAtSource,
+        (State::Unwinding { failure, untouched }, Input::Unwound { guest }) => {
+            let kind = match (guest, untouched) {
+                (Guest::Runs, true) => FailureKind::Refused,
+                (Guest::Runs, false) => FailureKind::RunsAtSource,
+                (Guest::Whole, _) => FailureKind::PausedAtSource,
+                (Guest::Absent, _) => FailureKind::Gone,
             };
             State::Done(Outcome::Failed { kind, failure })
         }

@@ -6,6 +6,7 @@ use crate::bitmap::DirtySet;
 use crate::control::{AbortReason, Choice, Message};
 use crate::digest::MemoryDigest;
 use crate::ids::RoundIndex;
+use crate::recover::Guest;
 
 /// Something that completed, arrived, or went wrong.
 #[derive(Clone, Debug)]
@@ -53,8 +54,8 @@ pub enum Input {
     },
     /// [`Command::Unwind`] is done; the guest's state after it.
     Unwound {
-        /// The guest runs at the source. If not, it is paused there and whole.
-        guest_running: bool,
+        /// At the source; absent if its monitor has ended.
+        guest: Guest,
     },
     /// A command failed on this host, or a lane is gone.
     Failed(Failure),
@@ -228,6 +229,8 @@ pub enum FailureKind {
     RunsAtSource,
     /// It is whole at the source, paused, and did not resume when asked to.
     PausedAtSource,
+    /// It is gone: its monitor ended before it was loaded elsewhere.
+    Gone,
     /// The hand-over was decided and the target did not confirm, or the decision could not be taken
     /// back: it is paused at the source and may run at the target.
     Uncertain,

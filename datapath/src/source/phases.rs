@@ -58,6 +58,10 @@ impl Context {
     fn failures(&self, state: &State, input: Input, now: Duration) -> Result<Input, Failure> {
         let phase = state.phase();
         match input {
+            // The target has all of it, and so the guest even if the monitor here has ended.
+            Input::Failed(_) if matches!(state, State::Saving { sent: true, .. }) => {
+                Ok(Input::Tick)
+            }
             Input::Failed(failure) | Input::PeerLost(failure) => Err(failure),
             Input::Cancelled if phase < Phase::Deciding => Err(Failure {
                 reason: AbortReason::Cancelled,

@@ -61,7 +61,9 @@ fn unforced(from: Phase, input: I, to: Phase) -> bool {
             I::Tick => true,
             I::Cancelled => from >= Deciding,
             // After the commit left, no command is out: a lane may go, the monitor may end.
-            I::Failed | I::Placed => from >= Committed,
+            I::Placed => from >= Committed,
+            // Nor is it where the target has all of the device state.
+            I::Failed => from == Saving || from >= Committed,
             _ => from >= Releasing,
         }
 }

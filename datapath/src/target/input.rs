@@ -33,6 +33,8 @@ pub enum Input {
         /// Time from the last piece of state.
         took: Duration,
     },
+    /// [`Command::Record`] is done: that the guest may run here is on disk.
+    Recorded,
     /// [`Command::Resume`] is done: the guest runs here.
     Resumed {
         /// Time until it ran.
@@ -72,6 +74,7 @@ pub enum InputKind {
     IncomingPrepared,
     Digested,
     Loaded,
+    Recorded,
     Resumed,
     NotResumed,
     Unwound,
@@ -91,6 +94,7 @@ impl InputKind {
         Self::IncomingPrepared,
         Self::Digested,
         Self::Loaded,
+        Self::Recorded,
         Self::Resumed,
         Self::NotResumed,
         Self::Unwound,
@@ -112,6 +116,7 @@ impl Input {
             Self::IncomingPrepared => InputKind::IncomingPrepared,
             Self::Digested { .. } => InputKind::Digested,
             Self::Loaded { .. } => InputKind::Loaded,
+            Self::Recorded => InputKind::Recorded,
             Self::Resumed { .. } => InputKind::Resumed,
             Self::NotResumed(_) => InputKind::NotResumed,
             Self::Unwound { .. } => InputKind::Unwound,
@@ -150,6 +155,11 @@ pub enum Command {
     FeedDeviceState(Vec<u8>),
     /// That was all; wait until the monitor has loaded it. Answer: [`Input::Loaded`].
     EndDeviceState,
+    /// Write down durably that the guest may run here from now on, before it does: should this host
+    /// lose its power then, nobody may take the paused copy at the source for the guest. Asked for
+    /// behind `Ready`, so that the disk works while the source's does.
+    /// Answer: [`Input::Recorded`].
+    Record,
     /// Let the guest run here, and write down durably that it does: the source, once it hears of it,
     /// keeps no record. Answer: [`Input::Resumed`] or [`Input::NotResumed`].
     Resume,

@@ -53,11 +53,23 @@ impl Phase {
 pub(super) enum State {
     Greeting,
     Offered,
-    Inspecting { shape: Vec<(u64, u64)> },
+    Inspecting {
+        shape: Vec<(u64, u64)>,
+    },
     Receiving(Box<Receiving>),
-    Loading { state_bytes: u64, ended: bool },
-    Ready { load: Duration },
-    Resuming { load: Duration },
+    Loading {
+        state_bytes: u64,
+        ended: bool,
+    },
+    /// It runs when that it may is on record, and the source has decided: in either order.
+    Ready {
+        load: Duration,
+        recorded: bool,
+        committed: bool,
+    },
+    Resuming {
+        load: Duration,
+    },
     Unwinding(Failure),
     Done(Outcome),
 }
@@ -178,7 +190,9 @@ impl Target {
             State::Inspecting { shape } => inspecting(shape, input, out),
             State::Receiving(receiving) => receiving.take(input, out),
             State::Loading { state_bytes, ended } => loading(state_bytes, ended, input, out),
-            State::Ready { load } => ready(load, input, out),
+            State::Ready { load, recorded, committed } => {
+                ready(load, recorded, committed, input, out)
+            }
             State::Resuming { load } => resuming(load, input, out),
             State::Unwinding(_) | State::Done(_) => unreachable!("handled before"),
         }
@@ -280,20 +294,30 @@ fn loading(state_bytes: u64, ended: bool, input: Input, out: &mut Vec<Command>) 
         }
         Input::Loaded { took } => {
             out.push(Command::Send(Message::Ready));
-            Ok(State::Ready { load: took })
+            out.push(Command::Record);
+            Ok(State::Ready { load: took, recorded: false, committed: false })
         }
         input => stay(State::Loading { state_bytes, ended }, input),
     }
 }
 
-fn ready(load: Duration, input: Input, out: &mut Vec<Command>) -> Step {
-    match input {
-        Input::Message(Message::Commit) => {
-            out.push(Command::Resume);
-            Ok(State::Resuming { load })
-        }
-        input => stay(State::Ready { load }, input),
+fn ready(
+    load: Duration,
+    recorded: bool,
+    committed: bool,
+    input: Input,
+    out: &mut Vec<Command>,
+) -> Step {
+    let (recorded, committed) = match input {
+        Input::Message(Message::Commit) if !committed => (recorded, true),
+        Input::Recorded if !recorded => (true, committed),
+        input => return stay(State::Ready { load, recorded, committed }, input),
+    };
+    if !(recorded && committed) {
+        return Ok(State::Ready { load, recorded, committed });
     }
+    out.push(Command::Resume);
+    Ok(State::Resuming { load })
 }
 
 fn resuming(load: Duration, input: Input, out: &mut Vec<Command>) -> Step {

@@ -17,7 +17,10 @@ pub const FORWARD: &[(Phase, I, Phase)] = &[
     (Receiving, I::Message, Loading),
     (Loading, I::Message, Loading),
     (Loading, I::Loaded, Ready),
+    (Ready, I::Message, Ready),
+    (Ready, I::Recorded, Ready),
     (Ready, I::Message, Resuming),
+    (Ready, I::Recorded, Resuming),
     (Resuming, I::Resumed, Done),
     (Unwinding, I::Unwound, Done),
 ];

@@ -216,6 +216,7 @@ fn any_word() -> impl Strategy<Value = Word> {
         Word::None,
         Word::Attempting,
         Word::HandedOver,
+        Word::Ready,
         Word::Running,
         Word::Aborted,
     ])

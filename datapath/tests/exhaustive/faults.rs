@@ -5,7 +5,7 @@ use pageferry_datapath::{source, target};
 use crate::agent::Process;
 use crate::messages::failure;
 use crate::recovery::Asked;
-use crate::world::{Decision, Side, Step, World};
+use crate::world::{Side, Step, World};
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fault {
@@ -177,8 +177,6 @@ impl World {
 
     fn host_dies(&mut self, side: Side, arrives: usize) {
         self.recovery_dies(side);
-        let recorded = matches!(self.disks[1].durable, None | Some(Decision::Running));
-        self.memory.unrecorded |= side == Side::Target && self.waiting.ran && !recorded;
         if side == Side::Target && self.asked.is_there() {
             self.asked = Asked::default();
         }
@@ -256,6 +254,7 @@ fn target_can_fail(command: Option<&target::Command>) -> bool {
                 | C::BeginRound { .. }
                 | C::PrepareIncoming
                 | C::EndDeviceState
+                | C::Record
                 | C::Resume
                 | C::Unwind
         )

@@ -30,6 +30,14 @@ pub(crate) enum Flaw {
     GuardsBlindly,
     /// A source that took the guest back forgets that before the target has heard of it.
     ForgetsUnheard,
+    /// A side forgets its record when the other has heard the end, and may not have acted on it.
+    ForgetsHeard,
+    /// The source says that it has no record any more when a crash may bring it back.
+    SettlesInCache,
+    /// The target runs the guest before it is on record that it may.
+    MayRunUnrecorded,
+    /// `recover` at the target gives back what may have run there.
+    TakesLostForUnrun,
     /// `recover` tells what it has not put on record.
     TellsUnrecorded,
     /// `recover` at the target runs what is loaded there without the source's word.
@@ -61,6 +69,10 @@ impl Flaw {
         (Self::GuardsBlindly, 1, &[Rule::OneOwner]),
         (Self::GuardTrustsCache, 2, &[Rule::OneOwner]),
         (Self::ForgetsUnheard, 1, &[Rule::WayOut]),
+        (Self::ForgetsHeard, 1, &[Rule::WayOut]),
+        (Self::SettlesInCache, 1, &[Rule::WayOut]),
+        (Self::MayRunUnrecorded, 1, &[Rule::OneOwner, Rule::WayOut]),
+        (Self::TakesLostForUnrun, 1, &[Rule::OneOwner, Rule::WayOut]),
         (Self::TellsUnrecorded, 1, &[Rule::RecordFirst, Rule::WayOut]),
         (Self::TargetRunsUntold, 1, &[Rule::OneOwner]),
         (Self::SourceRunsUntold, 1, &[Rule::OneOwner]),
@@ -72,6 +84,10 @@ impl Flaw {
     pub(crate) fn recovers(self) -> u8 {
         match self {
             Self::ForgetsUnheard
+            | Self::ForgetsHeard
+            | Self::SettlesInCache
+            | Self::MayRunUnrecorded
+            | Self::TakesLostForUnrun
             | Self::TellsUnrecorded
             | Self::TargetRunsUntold
             | Self::SourceRunsUntold

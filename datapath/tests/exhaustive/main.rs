@@ -21,6 +21,7 @@ mod target;
 mod world;
 
 use flaws::Flaw;
+use rules::Rule;
 use search::{Found, search};
 use world::Setting;
 
@@ -67,6 +68,15 @@ fn one_search_as_asked_for() {
 #[test]
 fn nor_does_recover_on_either_side_after_one_fault() {
     find_nothing(Setting { faults: 1, writes: 0, recovers: 1, ..Setting::default() });
+}
+
+#[test]
+fn a_false_word_that_the_other_side_is_dead_runs_the_guest_twice() {
+    let honest = Setting { faults: 1, writes: 0, recovers: 1, ..Setting::default() };
+    let found = search(Setting { false_word: true, ..honest }, STATES_MAX);
+    let (violation, path) = found.violation.expect("as SECURITY.md says");
+    assert_eq!(violation.rule, Rule::OneOwner, "{violation:?}\n{}", path.join("\n"));
+    assert!(path.iter().any(|step| step.contains("true")), "{}", path.join("\n"));
 }
 
 #[test]

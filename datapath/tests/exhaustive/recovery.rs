@@ -37,7 +37,7 @@ pub(crate) enum Stage {
 pub(crate) enum Purpose {
     /// The operator's `recover`, which may have said that the other side is dead.
     Recovers { peer_is_dead: bool },
-    /// The guard of a source agent, or that agent at its end: it only tells.
+    /// The guard of a source agent: it only tells.
     Tells,
     /// The target's answer to a question.
     Answers,
@@ -111,6 +111,7 @@ fn decision(word: Word) -> Option<Decision> {
         Word::None => None,
         Word::Attempting => Some(Decision::Attempting),
         Word::HandedOver => Some(Decision::HandedOver),
+        Word::Ready => Some(Decision::Ready),
         Word::Running => Some(Decision::Running),
         Word::Aborted => Some(Decision::Aborted),
     }
@@ -118,17 +119,18 @@ fn decision(word: Word) -> Option<Decision> {
 
 impl World {
     /// What the record of a side says.
-    fn word(&self, side: Side) -> Word {
+    pub(crate) fn word(&self, side: Side) -> Word {
         match self.disks[side as usize].seen {
             None => Word::None,
             Some(Decision::Attempting) => Word::Attempting,
             Some(Decision::HandedOver) => Word::HandedOver,
+            Some(Decision::Ready) => Word::Ready,
             Some(Decision::Running) => Word::Running,
             Some(Decision::Aborted) => Word::Aborted,
         }
     }
 
-    fn guest_of(&self, side: Side) -> Guest {
+    pub(crate) fn guest_of(&self, side: Side) -> Guest {
         let (alive, running, whole) = match side {
             Side::Source => (self.guest.alive, self.guest.running, true),
             Side::Target => (self.waiting.alive, self.waiting.running, self.waiting.loaded),
@@ -138,6 +140,15 @@ impl World {
             (true, false, true) => Guest::Whole,
             _ => Guest::Absent,
         }
+    }
+
+    /// What an operator can know of a side: its host is lost; or, at the target, there is no guest, and
+    /// `recover` there says that it may have run it, or knows nothing of the session.
+    fn surely_dead(&self, side: Side) -> bool {
+        let knows = matches!(self.word(side), Word::Ready | Word::None);
+        let gone = knows && self.guest_of(side) == Guest::Absent && !self.works(side);
+        let asked = side == Side::Target && self.word(Side::Source) != Word::None;
+        self.lost[side as usize] || (asked && gone)
     }
 
     /// Nobody else holds this side's record, and there is one.
@@ -155,7 +166,7 @@ impl World {
         for side in Side::BOTH {
             if self.recovers[side as usize] > 0 && self.may_open(side) {
                 can(Recovers::Starts(side, false));
-                if self.lost[side.other() as usize] || self.setting.false_word {
+                if self.surely_dead(side.other()) || self.setting.false_word {
                     can(Recovers::Starts(side, true));
                 }
             }
@@ -163,7 +174,9 @@ impl World {
                 Some(job) if job.stage == Stage::Steps => can(Recovers::Works(side)),
                 Some(job) if job.stage == Stage::Asks => {
                     can(Recovers::Lost);
-                    if !self.lost[1] && self.asked == Asked::default() {
+                    // Without a session there may be nobody who listens.
+                    let there = self.works(Side::Target) || self.word(Side::Target) != Word::None;
+                    if !self.lost[1] && there && self.asked == Asked::default() {
                         can(Recovers::Arrives);
                     }
                 }
@@ -249,6 +262,7 @@ impl World {
         // Who opens a record makes it durable first.
         let disk = &mut self.disks[side as usize];
         disk.durable = disk.seen;
+        self.memory.word |= peer_is_dead && side == Side::Source;
         let guest = self.guest_of(side);
         let purpose = Purpose::Recovers { peer_is_dead };
         let job = match side {
@@ -285,17 +299,12 @@ impl World {
         self.jobs[0] = Some(Job::new(Purpose::Tells, Stage::Steps, guest, steps));
     }
 
-    /// The source's agent has taken the guest back after it may have been loaded, and ends: it makes
-    /// sure that the target knows, or keeps its record.
-    pub(crate) fn agent_tells(&mut self) {
-        let guest = self.guest_of(Side::Source);
-        let job = Job::new(Purpose::Tells, Stage::Asks, guest, []);
-        self.jobs[0] = Some(Job { planned: true, ..job });
-    }
-
     fn plan_of_target(&self, guest: Guest, peer: Peer) -> Plan {
         let mut plan = recover::target(self.word(Side::Target), guest, peer);
         let undecided = plan.end == End::Unknown && guest == Guest::Whole;
+        if self.has(Flaw::TakesLostForUnrun) && plan.end == End::Unknown && !undecided {
+            plan.steps = vec![Step::Record(Word::Aborted)];
+        }
         if self.has(Flaw::TargetRunsUntold) && undecided {
             plan.steps = vec![Step::Run, Step::Record(Word::Running)];
         }
@@ -329,8 +338,8 @@ impl World {
             }
             Purpose::Recovers { peer_is_dead } if !planned => {
                 let peer = match word {
+                    None | Some(Word::Ready) if peer_is_dead => Peer::Dead,
                     Some(word) => Peer::Says(word),
-                    None if peer_is_dead => Peer::Dead,
                     None => Peer::Unreachable,
                 };
                 let plan = self.plan_of_source(guest, peer);
@@ -452,7 +461,7 @@ impl World {
     pub(crate) fn check_way_out(&mut self) {
         let owner = self.owner();
         let whole = [self.guest_of(Side::Source), self.guest_of(Side::Target)];
-        let gone = self.lost;
+        let gone = [self.surely_dead(Side::Source), self.surely_dead(Side::Target)];
         let mut after = self.clone();
         after.setting.recovers = 1;
         after.violation = None;
@@ -460,7 +469,7 @@ impl World {
         for turn in 0..4 {
             let side = Side::BOTH[turn % 2];
             if after.may_open(side) {
-                after.start_recovery(side, gone[side.other() as usize]);
+                after.start_recovery(side, after.surely_dead(side.other()));
                 after.finish_recoveries();
                 ends[side as usize] = after.ends[side as usize];
             }
@@ -482,10 +491,11 @@ impl World {
         let at = survivor as usize;
         // The copy that is left is older than what ran on the side that is gone.
         let stale = match survivor {
-            Side::Source => self.waiting.ran && !self.memory.unrecorded,
+            Side::Source => self.waiting.ran && !(gone[1] && self.word(Side::Source) != Word::None),
             Side::Target => self.memory.went_on && !self.waiting.ran,
         };
-        if whole[at] != Guest::Absent && runs[at] != Guest::Runs && !gone[at] && !stale {
+        let there = whole[at] != Guest::Absent && !self.lost[at];
+        if there && runs[at] != Guest::Runs && !stale {
             let text = format!("{whole:?} with {records:?} ends as {runs:?}, {ends:?}");
             self.break_rule(Rule::WayOut, text);
         }
@@ -505,9 +515,12 @@ impl World {
             let mut steps = Vec::new();
             self.recovers = [0, 0];
             self.recoveries(&mut steps);
+            // Whoever has no record need not listen.
+            let silent = !self.works(Side::Target) && self.word(Side::Target) == Word::None;
             let wanted = |step: &crate::world::Step| match step {
-                crate::world::Step::Recovers(Recovers::GivesUp | Recovers::Lost) => 0,
-                crate::world::Step::Recovers(_) => 1,
+                crate::world::Step::Recovers(Recovers::GivesUp | Recovers::Lost) => 1,
+                crate::world::Step::Recovers(Recovers::Answers) if silent => 0,
+                crate::world::Step::Recovers(_) => 2,
                 _ => unreachable!("only recoveries were asked for"),
             };
             let Some(step) = steps.into_iter().max_by_key(wanted) else { return };

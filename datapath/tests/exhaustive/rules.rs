@@ -133,7 +133,7 @@ impl World {
         if disk.seen == given || (disk.durable == given && !disk.failed) {
             self.break_rule(Rule::OneOwner, "runs at the source with a record that gave it away");
         }
-        if self.waiting.ran && !self.lost[1] && !self.memory.unrecorded {
+        if self.waiting.ran && !self.memory.word {
             self.break_rule(Rule::OneOwner, "runs at the source after it ran at the target");
         }
     }
@@ -168,6 +168,7 @@ impl World {
                 FailureKind::Refused => running && !ran && !self.memory.touched,
                 FailureKind::RunsAtSource => running && !ran,
                 FailureKind::PausedAtSource => !running && !ran,
+                FailureKind::Gone => false,
                 FailureKind::Uncertain => !running,
             },
         };
@@ -244,7 +245,7 @@ impl World {
     pub(crate) fn owner(&self) -> Side {
         if self.setting.recovers > 0 {
             // Records are removed when both sides know: it is where it ran last.
-            match (self.waiting.ran && !self.memory.unrecorded, self.memory.went_on) {
+            match (self.waiting.ran && !self.memory.word, self.memory.went_on) {
                 (true, _) => return Side::Target,
                 (_, true) => return Side::Source,
                 _ => {}

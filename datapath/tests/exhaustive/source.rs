@@ -18,7 +18,8 @@ impl World {
         let mut input = Some(input);
         while let Some(next) = input.take() {
             let lost = matches!(next, Input::PeerLost(_));
-            self.memory.given_back |= matches!(next, Input::Message(Message::Abort(_)));
+            let heard = matches!(next, Input::Message(Message::Abort(_)));
+            self.memory.settled[0] |= heard && self.has(Flaw::ForgetsHeard);
             // A flawed one thinks that the guest is its own again.
             if lost && self.has(Flaw::TakesBack) && self.source.machine.phase() == Phase::Committed
             {
@@ -146,7 +147,11 @@ impl World {
             Command::Release => {
                 self.guest.armed = false;
                 self.lane_closes();
-                self.disks[0].seen = None;
+                if half == 0 {
+                    self.disks[0].seen = None;
+                    return;
+                }
+                self.forget_at_source();
                 self.answer_source(Input::Released);
             }
             Command::Retract if self.has(Flaw::RetractsNothing) => {
@@ -165,12 +170,8 @@ impl World {
                 self.guest.armed = false;
             }
             Command::Unwind => {
-                self.ways[Side::Target as usize].down = true;
-                self.lane_is_reset();
-                if self.guest.running && self.target_knows() {
-                    self.disks[0].seen = None;
-                }
-                self.answer_source(Input::Unwound { guest_running: self.guest.running });
+                self.unwound_at_source();
+                self.answer_source(Input::Unwound { guest: self.guest_of(Side::Source) });
             }
         }
     }
@@ -206,23 +207,36 @@ impl World {
             // The monitor does not let it go on.
             Command::Unwind => {
                 self.guest.armed = false;
-                self.ways[Side::Target as usize].down = true;
-                self.lane_is_reset();
-                if self.guest.running && self.target_knows() {
-                    self.disks[0].seen = None;
-                }
-                self.answer_source(Input::Unwound { guest_running: self.guest.running });
+                self.unwound_at_source();
+                self.answer_source(Input::Unwound { guest: self.guest_of(Side::Source) });
             }
             _ => self.answer_source(Input::Failed(failure())),
         }
     }
 
+    fn unwound_at_source(&mut self) {
+        if self.guest.running && self.target_knows() {
+            self.forget_at_source();
+        }
+        self.ways[Side::Target as usize].down = true;
+        self.lane_is_reset();
+    }
+
+    /// Durably, before it is said: the target forgets its own record then.
+    fn forget_at_source(&mut self) {
+        self.disks[0].seen = None;
+        if self.setting.recovers > 0 && !self.has(Flaw::SettlesInCache) {
+            self.disks[0].durable = None;
+        }
+        self.settle(Side::Source);
+    }
+
     /// What was never loaded nobody asks for; what may have been stays on record until the target
-    /// has said that it heard.
+    /// has said that it acted on this end.
     fn target_knows(&self) -> bool {
         let retracted = self.disks[0].seen == Some(Decision::Aborted);
         let careless = self.setting.recovers == 0 || self.has(Flaw::ForgetsUnheard);
-        careless || !retracted || self.memory.given_back
+        careless || !retracted || self.was_settled(Side::Source)
     }
 
     fn populated(&self) -> Pages {
@@ -236,9 +250,6 @@ impl World {
         self.lane_is_reset();
         self.close(Side::Source);
         self.source.leave(Process::Ended);
-        if self.guest.running && self.disks[0].seen == Some(Decision::Aborted) {
-            self.agent_tells();
-        }
     }
 }
 

@@ -92,6 +92,14 @@ impl World {
                 self.memory.loaded_once = self.setting.recovers > 0;
                 self.answer_target(Some(Input::Loaded { took }));
             }
+            Command::Record if self.has(Flaw::MayRunUnrecorded) => {
+                self.answer_target(Some(Input::Recorded));
+            }
+            Command::Record if half == 0 => self.disks[1].seen = Some(Decision::Ready),
+            Command::Record => {
+                self.disks[1].write(Some(Decision::Ready));
+                self.answer_target(Some(Input::Recorded));
+            }
             Command::Resume if half == 0 => {
                 if !self.waiting.alive {
                     return self.answer_target(Some(Input::NotResumed(failure())));
@@ -148,8 +156,19 @@ impl World {
     }
 
     fn target_ends(&mut self) {
+        let outcome = self.target.machine.outcome().cloned();
+        let failed = matches!(outcome, Some(Outcome::Failed(_)));
+        if failed && self.setting.recovers > 0 && self.target.half == 0 {
+            self.settle(Side::Target);
+            self.target.half = 1;
+            return;
+        }
         self.check_target_end();
-        if self.target.machine.outcome() == Some(&Outcome::Runs) {
+        let careless = self.setting.recovers == 0 || self.has(Flaw::ForgetsHeard);
+        let settled = self.was_settled(Side::Target);
+        if (outcome == Some(Outcome::Runs) && careless)
+            || (settled && !matches!(outcome, Some(Outcome::Uncertain(_))))
+        {
             self.disks[1].seen = None;
         }
         self.lane.fenced = true;
@@ -157,7 +176,7 @@ impl World {
         if self.lane.open {
             self.source.tell(pageferry_datapath::source::Input::Failed(failure()));
         }
-        self.session_over(self.target.machine.outcome().cloned().as_ref());
+        self.session_over(outcome.as_ref());
         self.target.leave(Process::Ended);
     }
 }

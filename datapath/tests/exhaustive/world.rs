@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
-use pageferry_datapath::control::Message;
+use pageferry_datapath::control::{Message, Recover};
 use pageferry_datapath::planner::{Goals, Stalled};
 use pageferry_datapath::recover::End;
 use pageferry_datapath::{source, target};
@@ -105,6 +105,7 @@ pub(crate) enum Step {
 pub(crate) enum Decision {
     Attempting,
     HandedOver,
+    Ready,
     Running,
     Aborted,
 }
@@ -188,11 +189,10 @@ pub(crate) struct Memory {
     pub(crate) went_on: bool,
     /// The target's agent has loaded it, whatever became of its monitor since.
     pub(crate) loaded_once: bool,
-    /// It ran at the target for the moment between two steps, and its host died before that was on
-    /// record: nobody can know of it any more. SPECIFICATION.md names this.
-    pub(crate) unrecorded: bool,
-    /// The target has said that it gave the guest up.
-    pub(crate) given_back: bool,
+    /// The source's operator has said that the target is dead, whatever ran there.
+    pub(crate) word: bool,
+    /// Of the source, of the target: the other side has said that it acted on the end.
+    pub(crate) settled: [bool; 2],
 }
 
 #[derive(Clone)]
@@ -284,8 +284,8 @@ impl World {
                 found: 0,
                 went_on: false,
                 loaded_once: false,
-                unrecorded: false,
-                given_back: false,
+                word: false,
+                settled: [false; 2],
             },
             jobs: [None, None],
             asked: Asked::default(),
@@ -416,6 +416,10 @@ impl World {
 
     fn hears(&mut self, side: Side) {
         let message = self.ways[side as usize].queue.pop_front();
+        if let Some(Message::Recover(_)) = message {
+            self.memory.settled[side as usize] = true; // The connection's own.
+            return;
+        }
         match (side, message) {
             (Side::Source, Some(message)) => self.source_takes(source::Input::Message(message)),
             (Side::Target, Some(message)) => self.target_takes(target::Input::Message(message)),
@@ -447,6 +451,20 @@ impl World {
         self.ways[side.other() as usize].down = true;
         self.ways[side as usize].queue.clear();
         self.ways[side as usize].down = true;
+    }
+
+    /// This side has acted on the end, and says what its record says now.
+    pub(crate) fn settle(&mut self, side: Side) {
+        if self.setting.recovers > 0 {
+            let (session, word) = (messages::hello().session, self.word(side));
+            self.send(side, Message::Recover(Recover { session, word }), true);
+        }
+    }
+
+    /// Whether this side was told so, as far as it has heard by now.
+    pub(crate) fn was_settled(&self, side: Side) -> bool {
+        let settles = |message: &Message| matches!(message, Message::Recover(_));
+        self.memory.settled[side as usize] || self.ways[side as usize].queue.iter().any(settles)
     }
 
     fn guest_writes(&mut self, page: usize) {

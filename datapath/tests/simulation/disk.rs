@@ -7,6 +7,7 @@ use crate::random::Random;
 pub(crate) enum Decision {
     Attempting,
     HandedOver,
+    Ready,
     Running,
     Aborted,
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use pageferry_datapath::control::Message;
 use pageferry_datapath::ids::RoundIndex;
+use pageferry_datapath::recover::Guest;
 use pageferry_datapath::source::{Command, Input, Outcome, Source, SourceConfig};
 
 use crate::desk::{Busy, Desk, Mail};
@@ -279,7 +280,7 @@ impl World {
                 Input::Released
             }
             Command::Retract => Input::Retracted { durable: self.retract() },
-            Command::Unwind => Input::Unwound { guest_running: self.unwound() },
+            Command::Unwind => Input::Unwound { guest: self.unwound() },
             Command::Send(_) | Command::MoveRound { .. } | Command::Digest => {
                 unreachable!("not waited for")
             }
@@ -305,7 +306,7 @@ impl World {
         }
     }
 
-    fn unwound(&mut self) -> bool {
+    fn unwound(&mut self) -> Guest {
         self.check.watching = false;
         self.guest.disarm();
         if !self.has(Flaw::LeavesSettings) {
@@ -318,7 +319,11 @@ impl World {
             self.disks[0].forget(&mut self.random);
         }
         self.source.resumed = Some(running);
-        running
+        match (running, self.guest.alive) {
+            (true, _) => Guest::Runs,
+            (false, true) => Guest::Whole,
+            (false, false) => Guest::Absent,
+        }
     }
 
     pub(crate) fn digested_at_source(&mut self) {

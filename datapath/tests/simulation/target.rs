@@ -237,6 +237,10 @@ impl World {
                 self.target.loaded = true;
                 Input::Loaded { took: Duration::ZERO }
             }
+            Command::Record => match self.disks[1].write(Some(Decision::Ready), &mut self.random) {
+                true => Input::Recorded,
+                false => Input::Failed(failure("the record")),
+            },
             Command::Resume => {
                 let _tried = self.has(Flaw::RunsUnrecorded)
                     || self.disks[1].write(Some(Decision::Running), &mut self.random)

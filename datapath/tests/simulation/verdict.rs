@@ -47,6 +47,7 @@ impl World {
             Some(FailureKind::PausedAtSource) => {
                 !running && !ran_there && self.source.resumed == Some(false)
             }
+            Some(FailureKind::Gone) => false,
             Some(FailureKind::Uncertain) => !running,
         };
         if !as_told {

@@ -6,6 +6,7 @@ use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::control::{AbortReason, Message, MessageKind};
 use pageferry_datapath::ids::RoundIndex;
 use pageferry_datapath::limits;
+use pageferry_datapath::recover::Guest;
 use pageferry_datapath::source::{Command, FailureKind, Input, Outcome, Phase};
 
 use crate::source::{Walk, after, at, choice, config, failure, message, pages, placed};
@@ -70,6 +71,25 @@ fn a_message_while_the_moved_guest_is_let_go_of_changes_nothing() {
 }
 
 #[test]
+fn a_guest_that_is_all_at_the_target_goes_on_there_though_its_monitor_here_has_ended() {
+    let mut walk = after("Saving", Input::DeviceStateSent);
+    walk.feed(Input::Failed(failure()));
+    assert_eq!((walk.phase(), walk.gave().as_str()), (Phase::Saving, ""));
+    walk.feed(Input::Message(message(MessageKind::Ready)));
+    assert_eq!((walk.phase(), walk.gave().as_str()), (Phase::Deciding, "Record"));
+    // Not all of it had left.
+    let walk = after("Saving", Input::Failed(failure()));
+    assert_eq!(walk.phase(), Phase::Retracting);
+}
+
+#[test]
+fn a_guest_whose_monitor_has_ended_is_not_called_paused() {
+    let mut walk = after("Saving", Input::Failed(failure()));
+    walk.feed(Input::Retracted { durable: true }).feed(Input::Unwound { guest: Guest::Absent });
+    assert_eq!(kind(&walk), Some(FailureKind::Gone));
+}
+
+#[test]
 fn the_guest_runs_here_again_only_after_the_decision_was_taken_back() {
     let lost = after("Deciding", Input::PeerLost(failure()));
     let failed = after("Deciding", Input::Failed(failure()));
@@ -81,7 +101,7 @@ fn the_guest_runs_here_again_only_after_the_decision_was_taken_back() {
         walk.feed(Input::Recorded).feed(Input::Failed(failure())).feed(Input::Cancelled);
         walk.feed(Input::Retracted { durable: true });
         assert!(walk.gave().ends_with("Unwind"), "{}", walk.gave());
-        walk.feed(Input::Unwound { guest_running: true });
+        walk.feed(Input::Unwound { guest: Guest::Runs });
         assert_eq!(kind(&walk), Some(FailureKind::RunsAtSource));
     }
 }
@@ -116,7 +136,7 @@ fn a_guest_of_too_many_pages_for_a_message_is_refused_before_it_is_touched() {
         _ => None,
     });
     assert_eq!(aborted, Some(AbortReason::Refused));
-    walk.feed(Input::Unwound { guest_running: true });
+    walk.feed(Input::Unwound { guest: Guest::Runs });
     assert_eq!(kind(&walk), Some(FailureKind::Refused));
 }
 

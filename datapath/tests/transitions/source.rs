@@ -13,6 +13,7 @@ use pageferry_datapath::extent::Extent;
 use pageferry_datapath::ids::{RegionIndex, RoundIndex, SessionId};
 use pageferry_datapath::lane::LanePath;
 use pageferry_datapath::planner::Goals;
+use pageferry_datapath::recover::Guest;
 use pageferry_datapath::source::{
     Command, Failure, Input, InputKind, Outcome, Phase, Source, SourceConfig, table,
 };
@@ -319,8 +320,9 @@ fn inputs(round: u32) -> Vec<(String, Duration, Input)> {
                 ("Tick (an hour later)".into(), Duration::from_secs(3600), Input::Tick)
             }
             InputKind::Unwound => {
-                inputs.push(input("Unwound (runs)", Input::Unwound { guest_running: true }));
-                input("Unwound (paused)", Input::Unwound { guest_running: false })
+                inputs.push(input("Unwound (runs)", Input::Unwound { guest: Guest::Runs }));
+                inputs.push(input("Unwound (gone)", Input::Unwound { guest: Guest::Absent }));
+                input("Unwound (paused)", Input::Unwound { guest: Guest::Whole })
             }
             InputKind::Retracted => {
                 inputs.push(input("Retracted", Input::Retracted { durable: true }));

@@ -102,7 +102,9 @@ pub(crate) const SITUATIONS: &[Situation] = &[
     }),
     ("Loading (ended)", || after("Loading", Input::Message(Message::DeviceStateEnd))),
     ("Ready", || after("Loading (ended)", loaded())),
-    ("Resuming", || after("Ready", Input::Message(Message::Commit))),
+    ("Ready (committed)", || after("Ready", Input::Message(Message::Commit))),
+    ("Ready (recorded)", || after("Ready", Input::Recorded)),
+    ("Resuming", || after("Ready (recorded)", Input::Message(Message::Commit))),
     ("Unwinding", || after("Receiving", Input::Cancelled)),
     ("Done (runs)", || after("Resuming", resumed())),
     ("Done (uncertain)", || after("Ready", Input::PeerLost(failure()))),
@@ -165,6 +167,7 @@ fn inputs() -> Vec<(String, Duration, Input)> {
             InputKind::IncomingPrepared => Input::IncomingPrepared,
             InputKind::Digested => digested(),
             InputKind::Loaded => loaded(),
+            InputKind::Recorded => Input::Recorded,
             InputKind::Resumed => resumed(),
             InputKind::NotResumed => Input::NotResumed(failure()),
             InputKind::Unwound => {

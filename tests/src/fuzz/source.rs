@@ -11,6 +11,7 @@ use arbitrary::Unstructured;
 use pageferry_datapath::control::{Message, MessageKind};
 use pageferry_datapath::ids::RoundIndex;
 use pageferry_datapath::planner::{Goals, Stalled};
+use pageferry_datapath::recover::Guest;
 use pageferry_datapath::source::{Command, Input, Outcome, Phase, Source, SourceConfig};
 
 use super::events::{self, one_of};
@@ -159,7 +160,12 @@ impl Walk {
             Command::Unwind => {
                 let guest_running = one_of(bytes, 2) == 0;
                 self.paused &= !guest_running;
-                Input::Unwound { guest_running }
+                let guest = match guest_running {
+                    true => Guest::Runs,
+                    false if one_of(bytes, 2) == 0 => Guest::Whole,
+                    false => Guest::Absent,
+                };
+                Input::Unwound { guest }
             }
             Command::Send(_) => unreachable!("not waited for"),
         }

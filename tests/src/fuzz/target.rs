@@ -27,6 +27,7 @@ struct Walk {
     lanes: bool,
     fed: bool,
     loaded: bool,
+    recorded: bool,
     committed: bool,
     resumed: bool,
     unwinding: bool,
@@ -120,6 +121,10 @@ impl Walk {
                 self.loaded = true;
                 Input::Loaded { took }
             }
+            Command::Record => {
+                self.recorded = true;
+                Input::Recorded
+            }
             Command::Resume => {
                 self.resumed = true;
                 Input::Resumed { took, late: took, cpu: took }
@@ -156,6 +161,7 @@ impl Walk {
             match &command {
                 Command::Resume => {
                     assert!(self.committed && self.loaded, "it runs a guest it was not given");
+                    assert!(self.recorded, "it runs one of which nothing is on record");
                     assert!(!self.unwinding, "it runs a guest it gave up");
                 }
                 Command::Send(Message::Ready) => assert!(self.loaded, "nothing is loaded"),

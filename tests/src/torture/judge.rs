@@ -145,6 +145,7 @@ impl Judge<'_> {
             by_word = self.give_the_word(&mut verdict)?;
             now = self.runs();
         }
+        self.forget_what_is_settled(&mut verdict)?;
         verdict.outcome = match (before, now) {
             (Runs::Source, Runs::Source) => Outcome::Stayed,
             (Runs::Target, Runs::Target) => Outcome::Moved,
@@ -188,7 +189,8 @@ impl Judge<'_> {
         let told = match self.ends.source.code {
             0 => runs == Runs::Target || target_died,
             1 | 3 => runs == Runs::Source || source_died,
-            4 | 5 => runs != Runs::Source,
+            4 | 5 => runs != Runs::Source && !(source_died && self.ends.source.code == 5),
+            6 => runs == Runs::Nobody && source_died,
             KILLED => true,
             _ => false,
         };
@@ -267,6 +269,28 @@ impl Judge<'_> {
         let end = ended.events.last().map_or("?".into(), |event| event["end"].to_string());
         verdict.notes.push(format!("--peer-is-dead: {} {end}", ended.code));
         Ok(true)
+    }
+
+    /// What an operator does who finds a record on one side alone, which says what is so.
+    fn forget_what_is_settled(&self, verdict: &mut Verdict) -> Result<(), LabError> {
+        let disks = [self.rig.records_here(), self.rig.records_there()];
+        let [here, there] = disks.map(|disk| record::list(disk.path()));
+        for (at_source, found, other) in [(true, &here, &there), (false, &there, &here)] {
+            let settled =
+                |record: &Record| matches!(record.decision, Decision::Running | Decision::Aborted);
+            let Some((path, record)) = found.first().filter(|_| other.is_empty()) else { continue };
+            if !settled(record) {
+                continue;
+            }
+            let word = [&record.session.to_string(), "--forget"];
+            let ended = self.command(at_source, &word)?.wait(SOON)?;
+            let (decision, role) = (record.decision, record.role);
+            verdict.notes.push(format!("{decision:?} at the {role:?}: --forget: {}", ended.code));
+            if path.exists() {
+                verdict.broken.push(format!("--forget left {decision:?}: {}", ended.stderr));
+            }
+        }
+        Ok(())
     }
 
     fn command(&self, at_source: bool, more: &[&str]) -> Result<Agent, LabError> {

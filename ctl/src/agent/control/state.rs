@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use pageferry_datapath::control::Ticket;
+use pageferry_datapath::control::{Ticket, Word};
 use pageferry_datapath::ids::SessionId;
 
 use crate::agent::link::{Link, LinkError};
@@ -21,6 +21,8 @@ pub(super) struct State {
     pub(super) closing: bool,
     /// Something was to be said after the end.
     pub(super) unsaid: bool,
+    /// What the peer's record says now that it has acted on the end.
+    pub(super) settled: Option<Word>,
     /// Source: who comes back.
     pub(super) session: SessionId,
     /// Shown by the source when it comes back; `None` as long as it may not.
@@ -50,6 +52,7 @@ impl State {
             ended: false,
             closing: false,
             unsaid: false,
+            settled: None,
             session,
             key,
             sent: 0,

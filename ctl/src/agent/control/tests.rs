@@ -106,6 +106,24 @@ fn rounds(events: &Receiver<Event>, last: u32) -> Vec<u32> {
 }
 
 #[test]
+fn to_have_heard_the_end_is_not_to_have_acted_on_it() {
+    let ends = ends(true, SOON);
+    let last =
+        Message::Abort(Abort { reason: AbortReason::Cancelled, text: String::new(), hint: None });
+    ends.target.send(&last).expect("sent");
+    assert!(matches!(ends.at_source.recv_timeout(SOON), Ok(Event::Message(..))));
+    assert!(ends.source.settle(Word::None));
+    assert_eq!(ends.target.settled(SOON), Some(Word::None));
+    assert!(ends.at_target.try_recv().is_err(), "it is not for the state machine");
+    // One that heard as much, and was killed before it acted.
+    let ends = super::tests::ends(true, SOON);
+    ends.target.send(&last).expect("sent");
+    assert!(matches!(ends.at_source.recv_timeout(SOON), Ok(Event::Message(..))));
+    ends.source.close();
+    assert_eq!(ends.target.settled(SOON), None);
+}
+
+#[test]
 fn every_message_arrives_once_and_in_order_through_cuts() {
     let ends = ends(true, SOON);
     let (source, target) = (ends.source.clone(), ends.target.clone());

@@ -6,8 +6,11 @@ use std::time::{Duration, Instant};
 
 use caps::Capability;
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
-use pageferry_datapath::control::{AbortReason, Choice, Hello, LanesPlaced, Message, NewLanes};
+use pageferry_datapath::control::{
+    AbortReason, Choice, Hello, LanesPlaced, Message, NewLanes, Word,
+};
 use pageferry_datapath::ids::SessionId;
+use pageferry_datapath::recover::Guest;
 use pageferry_datapath::source::{Command, Failure, Input, Outcome, Phase, Source, SourceConfig};
 use pageferry_uring::plan::LaneTls;
 
@@ -25,7 +28,7 @@ use super::state_relay::StateRelay;
 use super::tracking::Tracking;
 use super::ways::Ways;
 use super::{SourceOptions, SourceResult, Watch, lost};
-use crate::{host, privileges};
+use crate::{host, limits, privileges};
 
 /// How often a watcher is told how far things are.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
@@ -53,8 +56,6 @@ pub(super) struct Agent<'a> {
     blackout: Duration,
     /// The guest was paused to be handed over.
     switching: bool,
-    /// The target has ended the attempt, and knows.
-    aborted_by_target: bool,
     /// How often the control connection was cut and came back, and for how long it was away.
     cuts: Vec<Duration>,
     records: Option<Records>,
@@ -125,7 +126,6 @@ impl<'a> Agent<'a> {
             reconnect: options.reconnect,
             blackout: options.blackout,
             switching: false,
-            aborted_by_target: false,
             cuts: Vec::new(),
             records: Some(records),
             hold: Hold::from_environment(),
@@ -191,9 +191,8 @@ impl<'a> Agent<'a> {
         self.started.elapsed()
     }
 
-    /// Whether both ends share a machine is needed here too, and whether the target ended it.
+    /// Whether both ends share a machine is needed here too.
     fn note(&mut self, input: &Input) {
-        self.aborted_by_target |= matches!(input, Input::Message(Message::Abort(_)));
         if let Input::Message(Message::Welcome(welcome)) = input {
             let here = host::boot_id();
             self.mover.same_host = !here.is_empty() && welcome.boot_id == here;
@@ -366,7 +365,7 @@ impl<'a> Agent<'a> {
                 Some(Input::Released)
             }
             Command::Retract => Some(Input::Retracted { durable: self.retract() }),
-            Command::Unwind => Some(Input::Unwound { guest_running: self.unwind() }),
+            Command::Unwind => Some(Input::Unwound { guest: self.unwind() }),
         })
     }
 
@@ -437,30 +436,58 @@ impl<'a> Agent<'a> {
         self.mover.close(false);
         self.join_relay();
         self.monitor.release();
+        self.forget();
+    }
+
+    /// Removes the record, durably, and says so. Not before: until it hears this the target answers for
+    /// both, should this agent die or this host lose its power.
+    fn forget(&mut self) {
         if let Some(records) = self.records.take() {
-            records.forget();
+            match records.remove() {
+                Ok(()) => {
+                    self.control.settle(Word::None);
+                }
+                Err(error) => tracing::warn!(%error, "the record of this session stays"),
+            }
         }
     }
 
-    fn unwind(&mut self) -> bool {
+    fn unwind(&mut self) -> Guest {
         self.digest = None;
-        let running = self.monitor.unwind();
+        let guest = self.unwind_guest();
+        let running = guest == Guest::Runs;
         self.tracking.disarm();
-        let knows = self.control.finish(GOODBYE_WAIT, false) || self.aborted_by_target;
+        // A target that has loaded the guest and did not act on this end waits for somebody's word: the
+        // record stays for `pageferry recover`. Before the device state left it has not.
+        let told = |word| matches!(word, Some(Word::Aborted | Word::None));
+        let needed = match &self.records {
+            Some(records) if running && records.record().decision == Decision::Aborted => {
+                !told(self.control.settled(Duration::ZERO))
+            }
+            _ => !running,
+        };
+        if !needed {
+            self.forget();
+        }
+        self.control.finish(GOODBYE_WAIT, false);
         self.mover.close(true);
         self.join_relay();
-        // A target that has loaded the guest and does not know waits for somebody's word: the record
-        // stays for `pageferry recover`. Before the device state left it has not.
-        let needed = |records: &mut Records| {
-            records.record().decision == Decision::Aborted && !knows || !running
-        };
-        if let Some(records) = self.records.take_if(|records| !needed(records)) {
-            records.forget();
-        }
         if running && self.records.is_some() {
-            tracing::warn!("the target was not told; `pageferry recover` does it");
+            tracing::warn!("the target has not acted on this; see `pageferry recover`");
         }
-        running
+        guest
+    }
+
+    fn unwind_guest(&mut self) -> Guest {
+        if self.monitor.unwind() {
+            return Guest::Runs;
+        }
+        // One that was killed closes its sockets a moment before it is gone.
+        let until = Instant::now() + limits::MONITOR_ENDS_MAX;
+        while self.monitor.is_alive() && Instant::now() < until {
+            std::thread::sleep(limits::TELL_AGAIN_PAUSE);
+        }
+        if self.monitor.is_alive() { Guest::Whole } else { Guest::Absent }
     }
 
     /// Should this agent die from here on, nobody may think that the guest was handed over.

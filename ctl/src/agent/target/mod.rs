@@ -57,8 +57,8 @@ pub struct TargetResult {
     pub outcome: Outcome,
     /// From the control connection until the end.
     pub total: Duration,
-    /// The source knows.
-    pub heard: bool,
+    /// The source has said that it knows, and keeps no record any more.
+    pub settled: bool,
 }
 
 /// Opens the monitor for an offer: the one the agent was started with, or the one the offer names.

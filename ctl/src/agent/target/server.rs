@@ -140,11 +140,16 @@ impl Server<'_, '_> {
             Outcome::Failed(_) => Word::Aborted,
             Outcome::Uncertain(_) => Word::Attempting,
         };
-        let dir = &self.options.state_dir;
         for (ask, link) in self.asked.extract_if(.., |(ask, _)| ask.session == result.session) {
-            if recovery::tell(&link, word) && recover::target_may_forget(word, ask.word) {
-                recovery::forget(dir, ask.session);
-            }
+            let dir = self.options.state_dir.clone();
+            // Nobody else waits until the source has acted on it.
+            self.scope.spawn(move || {
+                let decided = recover::has_acted(word);
+                if recovery::tell(&link, word) && decided && recovery::has_settled(&link) {
+                    recovery::forget(&dir, ask.session);
+                }
+                link.finish();
+            });
         }
     }
 

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, after, never, select, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::clear;
-use pageferry_datapath::control::{AbortReason, Choice, Hello, LanesLost, Message, Offer, Welcome};
+use pageferry_datapath::control::{
+    AbortReason, Choice, Hello, LanesLost, Message, Offer, Welcome, Word,
+};
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::limits;
 use pageferry_datapath::populate::Populate;
@@ -299,6 +301,7 @@ impl<'a> Session<'a> {
                 None
             }
             Command::EndDeviceState => Some(self.load_state()?),
+            Command::Record => Some(self.record_ready()?),
             Command::Resume => Some(self.resume().unwrap_or_else(Input::NotResumed)),
             Command::Unwind => Some(Input::Unwound { dropped: self.unwind() }),
         })
@@ -399,6 +402,13 @@ impl<'a> Session<'a> {
         Ok(Input::Loaded { took: started.elapsed() })
     }
 
+    fn record_ready(&mut self) -> Result<Input, Failure> {
+        let written = self.records.as_mut().map_or(Ok(()), |it| it.write(Decision::Ready));
+        let hint = "the disk of --state-dir must take a few hundred bytes";
+        written.map_err(|error| failure::host("record", &error, Some(hint.into())))?;
+        Ok(Input::Recorded)
+    }
+
     fn resume(&mut self) -> Result<Input, Failure> {
         let started = Instant::now();
         let took = self.monitor.as_mut().expect("inspected before").resume()?;
@@ -453,26 +463,42 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Whether the source has no record of this session any more, so that nobody will ask for the one
+    /// here. That the guest runs here it has to hear, however long that takes; that it does not, and
+    /// that this side has acted on that, it is told now.
+    fn settle(&self, outcome: &Outcome) -> bool {
+        let within = match outcome {
+            Outcome::Runs => self.options.reconnect,
+            Outcome::Failed(_) => {
+                let word = self.records.as_ref().map_or(Word::None, |it| it.record().word());
+                let told = self.control.settle(word);
+                if self.records.is_none() || !told {
+                    return false;
+                }
+                Duration::ZERO
+            }
+            Outcome::Uncertain(_) => return false,
+        };
+        self.control.settled(within) == Some(Word::None)
+    }
+
     fn finish(mut self, machine: Target) -> TargetResult {
         let total = self.now();
         let outcome = machine.outcome().expect("the loop ends with it").clone();
         // Whatever still comes is dropped, or what it was told would never be heard behind that.
         (self.heard, self.lanes_lost) = (never(), never());
         self.intake.fence();
-        // Sets QEMU back. As long as that is to be done, and as long as the source has not heard that
-        // the guest runs here, the record stays, for `pageferry recover` to finish it.
+        // Sets QEMU back. As long as that is to be done, and as long as the source may ask how this
+        // ended, the record stays, for `pageferry recover` to finish it.
         self.monitor = None;
-        // That the guest runs here the source has to hear, however long that takes.
-        let heard = match outcome {
-            Outcome::Runs => self.control.finish(self.options.reconnect, true),
-            _ => self.control.finish(GOODBYE_WAIT, false),
-        };
-        if let Some(records) = self.records.take_if(|_| outcome == Outcome::Runs && heard) {
+        let settled = self.settle(&outcome);
+        if let Some(records) = self.records.take_if(|_| settled) {
             records.forget();
         }
+        self.control.finish(GOODBYE_WAIT, false);
         self.control.close();
         self.stop_populating();
-        TargetResult { session: self.session, outcome, total, heard }
+        TargetResult { session: self.session, outcome, total, settled }
     }
 }
 
