@@ -19,6 +19,7 @@ pub mod holes;
 pub mod ids;
 pub mod lane;
 pub mod limits;
+pub mod narrow;
 pub mod pace;
 pub mod placed;
 pub mod planner;

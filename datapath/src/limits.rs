@@ -47,6 +47,10 @@ pub const PAGE_BYTES: u64 = 4096;
 /// (20 ms at the slowest first touch seen).
 pub const POPULATE_STEP_BYTES: u64 = 8 << 20;
 
+/// Memory for the tags of huge pages that were sent: 256 GiB of guest, a 256th of it. What is beyond
+/// is sent whole.
+pub const NARROW_TABLE_BYTES_MAX: u64 = 1 << 30;
+
 /// Size of a transparent huge page.
 pub const THP_BYTES: u64 = 2 << 20;
 

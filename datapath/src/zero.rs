@@ -60,14 +60,34 @@ impl Sorted {
     /// # Errors
     /// If an extent lies outside of `memory`.
     pub fn sort(&mut self, memory: &GuestMemory, batch: &[Extent]) -> Result<(), RegionError> {
-        assert!(batch.len() <= BATCH_EXTENTS_MAX);
         self.clear();
-        let mut spare = (BATCH_EXTENTS_MAX - batch.len()).saturating_sub(CHUNKS_MAX);
+        self.sort_more(memory, batch)
+    }
+
+    /// Adds another batch to what is there; both together are within the limits.
+    ///
+    /// # Errors
+    /// If an extent lies outside of `memory`.
+    pub fn sort_more(&mut self, memory: &GuestMemory, batch: &[Extent]) -> Result<(), RegionError> {
+        let (entries, zero_before) = (self.entries() + batch.len(), self.zero.len());
+        assert!(entries <= BATCH_EXTENTS_MAX);
+        let mut spare = (BATCH_EXTENTS_MAX - entries).saturating_sub(CHUNKS_MAX);
         for &extent in batch {
             self.split(&memory.lease(extent)?, extent, &mut spare)?;
         }
-        self.dense = !self.zero.is_empty();
+        self.dense = self.zero.len() > zero_before;
         Ok(())
+    }
+
+    /// Entries that its extents take in a header.
+    pub fn entries(&self) -> usize {
+        self.data.len() + self.zero.len() + self.packed.len()
+    }
+
+    /// Bytes of guest memory that its extents are.
+    pub fn bytes(&self) -> u64 {
+        let extents = self.data.iter().chain(&self.zero).chain(&self.packed);
+        extents.map(|extent| extent.len).sum()
     }
 
     /// Bytes of the zero extents.
