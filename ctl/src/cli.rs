@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
 use crate::agent::allow::Rule;
-use crate::agent::lanes::{Pin, Transport};
+use crate::agent::lanes::{Narrow, Pin, Transport};
 use pageferry_datapath::ids::SessionId;
 
 use crate::agent::admin::Limit;
@@ -269,6 +269,10 @@ pub struct MigrateArgs {
     /// Lanes over RDMA never do.
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub compress: Compress,
+    /// Whether a huge page of which a little was written is narrowed to the 4 KiB pages that changed
+    /// before it is sent again. Lanes over RDMA never do.
+    #[arg(long, value_enum, default_value_t = Narrow::Auto)]
+    pub narrow: Narrow,
     /// Send no more than this, all lanes together: bits a second, as 500M, 1G or 2.5G (125MB counts
     /// bytes). The pause is exempt. `pageferry set` changes it while the migration runs.
     #[arg(long, value_name = "RATE")]

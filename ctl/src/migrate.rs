@@ -26,6 +26,7 @@ use crate::report::events::{
 };
 use crate::report::exit::Exit;
 use crate::report::histograms::Latencies;
+use crate::report::narrowing::NarrowingDetail;
 use crate::report::timeline::{Timeline, ms, per_second};
 
 /// Runs the subcommand.
@@ -123,6 +124,7 @@ pub fn options(args: &MigrateArgs) -> SourceOptions {
             encrypt: args.encrypt,
             tls: None,
             compress: args.compress,
+            narrow: args.narrow,
             pacer: Arc::new(Pacer::new(args.max_bandwidth.map(|rate| rate.bytes_per_second))),
         },
         goals: Goals {
@@ -262,7 +264,9 @@ fn summary(
 ) -> Summary {
     let timeline = Timeline::new(&result.report, result.total);
     let rounds = &result.report.rounds;
-    let moved_bytes = rounds.iter().map(RoundReport::moved_bytes).sum();
+    let spared_bytes: u64 = result.lanes.iter().map(|lane| lane.narrowing.spared_bytes).sum();
+    let moved_bytes = rounds.iter().map(RoundReport::moved_bytes).sum::<u64>();
+    let moved_bytes = moved_bytes.saturating_sub(spared_bytes);
     let moving = rounds.iter().map(|round| round.took).sum();
     let migrated = result.outcome == Outcome::Migrated;
     let failure = match &result.outcome {
@@ -300,6 +304,7 @@ fn summary(
         cuts_ms: result.cuts.iter().copied().map(ms).collect(),
         lanes_renewed: result.lanes_renewed,
         compression: Compression::of(&result.lanes),
+        narrowing: NarrowingDetail::of(&result.lanes),
         brownout_ms: timeline.brownout().map(ms),
         blackout_ms: timeline.blackout().map(ms),
         blackout_predicted_ms: result.report.predicted_blackout.map(ms),

@@ -15,7 +15,7 @@ use crate::agent::acceptor::{Acceptor, ListenError};
 use crate::agent::allow::Allowed;
 use crate::agent::compress::Compress;
 use crate::agent::failure;
-use crate::agent::lanes::{self, LaneChoice};
+use crate::agent::lanes::{self, LaneChoice, Narrow};
 use crate::agent::monitor::TargetMonitor;
 use crate::agent::record::RecordedSecurity;
 use crate::agent::target::{self, OpenMonitor, TargetOptions, TargetResult};
@@ -65,6 +65,7 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
             encrypt: args.encrypt,
             tls: None,
             compress: Compress::Off,
+            narrow: Narrow::Off,
             pacer: Arc::default(),
         },
         qmp: args.qmp.clone(),

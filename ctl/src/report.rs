@@ -7,6 +7,7 @@ pub mod compression;
 pub mod events;
 pub mod exit;
 pub mod histograms;
+pub mod narrowing;
 pub mod progress;
 mod reporter;
 #[cfg(test)]

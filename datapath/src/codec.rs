@@ -150,7 +150,7 @@ pub const PAYLOAD_BYTES_MAX: usize = BATCH_BYTES_MAX as usize + CHUNK_BYTES_MAX 
 #[derive(Default)]
 pub struct Packer {
     raw: Vec<u8>,
-    zstd: Option<(i32, zstd::bulk::Compressor<'static>)>,
+    zstd: Zstd,
 }
 
 impl Packer {
@@ -178,13 +178,34 @@ impl Packer {
         let mut used = 0;
         let mut stream = Stream::new(extents);
         while let Some(raw_bytes) = self.fill(memory, &mut stream)? {
-            let (coding, packed) = self.pack_chunk(codec, raw_bytes, &mut payload[used..]);
+            let (raw, into) = (&self.raw[..raw_bytes], &mut payload[used..]);
+            let (coding, packed) = pack_chunk(&mut self.zstd, codec, raw, into);
             let (packed_bytes, raw_bytes) = (packed as u64, raw_bytes as u64);
             chunks.push(Chunk { coding, packed_bytes, raw_bytes });
             used += packed;
         }
         assert!(chunks.len() <= CHUNKS_MAX);
         Ok(used)
+    }
+
+    /// The same for bytes that are a batch's data already: those of its extents, one after the other.
+    pub fn pack_bytes(
+        &mut self,
+        codec: Codec,
+        bytes: &[u8],
+        payload: &mut [u8],
+        chunks: &mut Vec<Chunk>,
+    ) -> usize {
+        assert!(bytes.len() as u64 <= BATCH_BYTES_MAX && payload.len() >= PAYLOAD_BYTES_MAX);
+        chunks.clear();
+        let mut used = 0;
+        for raw in bytes.chunks(CHUNK_BYTES_MAX as usize) {
+            let (coding, packed) = pack_chunk(&mut self.zstd, codec, raw, &mut payload[used..]);
+            let (packed_bytes, raw_bytes) = (packed as u64, raw.len() as u64);
+            chunks.push(Chunk { coding, packed_bytes, raw_bytes });
+            used += packed;
+        }
+        used
     }
 
     /// Packs the first chunk of `extents` and throws the result away: its length before and after.
@@ -197,7 +218,10 @@ impl Packer {
     ) -> Result<(usize, usize), RegionError> {
         match self.fill(memory, &mut Stream::new(extents))? {
             None => Ok((0, 0)),
-            Some(raw_bytes) => Ok((raw_bytes, self.pack_chunk(codec, raw_bytes, payload).1)),
+            Some(raw_bytes) => {
+                let raw = &self.raw[..raw_bytes];
+                Ok((raw_bytes, pack_chunk(&mut self.zstd, codec, raw, payload).1))
+            }
         }
     }
 
@@ -216,35 +240,37 @@ impl Packer {
         }
         Ok(Some(filled).filter(|&filled| filled > 0))
     }
-
-    fn pack_chunk(&mut self, codec: Codec, raw_bytes: usize, into: &mut [u8]) -> (Coding, usize) {
-        let packed = match codec {
-            Codec::Lz4 => lz4_flex::block::compress_into(&self.raw[..raw_bytes], into).ok(),
-            Codec::Zstd { level } => self.zstd(level, raw_bytes, into),
-        };
-        match packed {
-            Some(packed) if packed < raw_bytes => (codec.coding(), packed),
-            _ => {
-                into[..raw_bytes].copy_from_slice(&self.raw[..raw_bytes]);
-                (Coding::Stored, raw_bytes)
-            }
-        }
-    }
-
-    fn zstd(&mut self, level: i32, raw_bytes: usize, into: &mut [u8]) -> Option<usize> {
-        if self.zstd.as_ref().is_none_or(|(have, _)| *have != level) {
-            // Fails without memory only; the chunk is stored then.
-            self.zstd = Some((level, zstd::bulk::Compressor::new(level).ok()?));
-        }
-        let (_, compressor) = self.zstd.as_mut()?;
-        compressor.compress_to_buffer(&self.raw[..raw_bytes], into).ok()
-    }
 }
 
 impl fmt::Debug for Packer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Packer").field("raw", &self.raw.len()).finish_non_exhaustive()
     }
+}
+
+type Zstd = Option<(i32, zstd::bulk::Compressor<'static>)>;
+
+fn pack_chunk(zstd: &mut Zstd, codec: Codec, raw: &[u8], into: &mut [u8]) -> (Coding, usize) {
+    let packed = match codec {
+        Codec::Lz4 => lz4_flex::block::compress_into(raw, into).ok(),
+        Codec::Zstd { level } => pack_zstd(zstd, level, raw, into),
+    };
+    match packed {
+        Some(packed) if packed < raw.len() => (codec.coding(), packed),
+        _ => {
+            into[..raw.len()].copy_from_slice(raw);
+            (Coding::Stored, raw.len())
+        }
+    }
+}
+
+fn pack_zstd(zstd: &mut Zstd, level: i32, raw: &[u8], into: &mut [u8]) -> Option<usize> {
+    if zstd.as_ref().is_none_or(|(have, _)| *have != level) {
+        // Fails without memory only; the chunk is stored then.
+        *zstd = Some((level, zstd::bulk::Compressor::new(level).ok()?));
+    }
+    let (_, compressor) = zstd.as_mut()?;
+    compressor.compress_to_buffer(raw, into).ok()
 }
 
 /// Unpacks batches; owns the buffer that a chunk becomes before it is copied to guest memory.

@@ -92,6 +92,21 @@ pub struct Packing {
     pub reason: String,
 }
 
+/// What a lane left out of huge pages, over its whole life.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Narrowing {
+    /// Guest memory that was hashed.
+    pub hashed_bytes: u64,
+    /// Of it, what the target held already, and that did not travel.
+    pub spared_bytes: u64,
+    /// Time spent in it, in ns.
+    pub ns: u64,
+    /// Memory for the tags of all lanes together.
+    pub table_bytes: u64,
+    /// Why so much of it, or why not at all.
+    pub reason: String,
+}
+
 /// Counters of one lane, over its whole life.
 #[derive(Clone, Debug)]
 pub struct LaneStats {
@@ -115,6 +130,8 @@ pub struct LaneStats {
     pub sealing: Option<Sealing>,
     /// What was compressed, and why or why not.
     pub packing: Packing,
+    /// What was left out of huge pages, and why or why not.
+    pub narrowing: Narrowing,
     /// System calls of the worker's loop.
     pub syscalls: u64,
     /// CPU time of the worker's thread, in ns; what the kernel did for it in interrupts is not in.

@@ -6,7 +6,7 @@ use hdrhistogram::Histogram;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
-use pageferry_datapath::lane::{LanePath, LaneStats, Packing, ZeroCopy};
+use pageferry_datapath::lane::{LanePath, LaneStats, Narrowing, Packing, ZeroCopy};
 
 use crate::limits::LATENCY_NS_MAX;
 
@@ -45,6 +45,10 @@ impl Tally {
             wire_bytes: self.wire_bytes,
             sealing: None,
             packing: Packing { reason: "RDMA writes memory as it is".into(), ..Packing::default() },
+            narrowing: Narrowing {
+                reason: "RDMA writes memory as it is".into(),
+                ..Narrowing::default()
+            },
             syscalls,
             cpu_ns: cpu_time.map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64),
             batch_ns: self.batch_ns,

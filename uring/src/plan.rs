@@ -45,6 +45,18 @@ pub enum PackingWish {
     Not(String),
 }
 
+/// Whether huge pages are narrowed to the 4 KiB pages that the target does not hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NarrowingWish {
+    /// While it makes the migration faster.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// No, for this reason, which the lanes' statistics repeat.
+    Not(String),
+}
+
 /// How a lane's sockets differ from the system's defaults. The default is to leave all of it to the
 /// kernel, which a long fat link needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -123,6 +135,8 @@ pub struct ConnectPlan {
     pub path: PathWish,
     /// Whether to compress; only with codecs that the target takes.
     pub packing: PackingWish,
+    /// Whether to narrow huge pages.
+    pub narrowing: NarrowingWish,
     /// What all lanes of the migration are held to.
     pub pacer: Arc<Pacer>,
     /// How the sockets are tuned.
@@ -146,6 +160,7 @@ impl ConnectPlan {
             zero_copy: ZeroCopyWish::Try,
             path: PathWish::Auto,
             packing: PackingWish::Not("not asked for".into()),
+            narrowing: NarrowingWish::default(),
             pacer: Arc::default(),
             tuning: SocketTuning::default(),
             tls: None,

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use hdrhistogram::Histogram;
-use pageferry_datapath::lane::{LanePath, LaneStats, Packing, ZeroCopy};
+use pageferry_datapath::lane::{LanePath, LaneStats, Narrowing, Packing, ZeroCopy};
 
 use crate::limits::LATENCY_NS_MAX;
 use crate::sys;
@@ -15,6 +15,7 @@ pub(crate) struct Tally {
     pub(crate) zero_bytes: u64,
     pub(crate) wire_bytes: u64,
     pub(crate) packing: Packing,
+    pub(crate) narrowing: Narrowing,
     pub(crate) batch_ns: Histogram<u64>,
     pub(crate) barrier_ns: Histogram<u64>,
 }
@@ -26,6 +27,7 @@ impl Tally {
             zero_bytes: 0,
             wire_bytes: 0,
             packing: Packing::default(),
+            narrowing: Narrowing::default(),
             batch_ns: histogram(),
             barrier_ns: histogram(),
         }
@@ -50,6 +52,7 @@ impl Tally {
             wire_bytes: self.wire_bytes,
             sealing: None,
             packing: self.packing,
+            narrowing: self.narrowing,
             syscalls,
             cpu_ns: sys::thread_cpu_ns(),
             batch_ns: self.batch_ns,

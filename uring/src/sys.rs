@@ -105,6 +105,12 @@ impl Parcel {
         &mut self.packed
     }
 
+    /// Takes a buffer of [`PAYLOAD_BYTES_MAX`] for its room, and gives its own for it.
+    pub(crate) fn exchange(&mut self, room: &mut Vec<u8>) {
+        assert!(self.packed_bytes == 0 && self.done == 0 && room.len() == PAYLOAD_BYTES_MAX);
+        mem::swap(&mut self.packed, room);
+    }
+
     /// Adds the first `bytes` of the room, behind the extents: to be sent, or to be received into.
     pub(crate) fn pack(&mut self, bytes: usize) {
         assert!(self.packed_bytes == 0 && self.done == 0);

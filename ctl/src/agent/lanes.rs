@@ -16,7 +16,8 @@ use pageferry_datapath::lane::{LaneError, LaneEvent, LanePath, SourceLanes};
 use pageferry_datapath::pace::Pacer;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_uring::plan::{
-    ConnectPlan, LanePlan, LaneTls, PathWish, SocketTuning, TargetLaneConfig, ZeroCopyWish,
+    ConnectPlan, LanePlan, LaneTls, NarrowingWish, PathWish, SocketTuning, TargetLaneConfig,
+    ZeroCopyWish,
 };
 use pageferry_uring::source::LanePool;
 
@@ -51,6 +52,28 @@ pub enum Pin {
     Touched,
 }
 
+/// Whether huge pages are narrowed to what changed in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Narrow {
+    /// While it makes the migration faster.
+    #[default]
+    Auto,
+    /// Never: a huge page of which a byte was written is sent whole.
+    Off,
+    /// Always.
+    Always,
+}
+
+impl Narrow {
+    fn wish(self) -> NarrowingWish {
+        match self {
+            Self::Auto => NarrowingWish::Auto,
+            Self::Always => NarrowingWish::Always,
+            Self::Off => NarrowingWish::Not("asked for".into()),
+        }
+    }
+}
+
 /// What one side was told, or found out, about its lanes.
 #[derive(Clone, Debug)]
 pub struct LaneChoice {
@@ -80,6 +103,8 @@ pub struct LaneChoice {
     pub tls: Option<LaneTls>,
     /// Source: whether to compress.
     pub compress: Compress,
+    /// Source: whether to narrow huge pages.
+    pub narrow: Narrow,
     /// Source: what all lanes together are held to; changed while they run.
     pub pacer: Arc<Pacer>,
 }
@@ -231,6 +256,7 @@ pub fn open(
         },
         path: lanes.path,
         packing: lanes.compress.wish(&choice.codecs),
+        narrowing: lanes.narrow.wish(),
         pacer: Arc::clone(&lanes.pacer),
         tuning: tuning(same_host),
         tls: lanes.tls.clone(),

@@ -14,6 +14,7 @@ use pageferry_datapath::lane::{LanePath, ZeroCopy};
 use serde::{Deserialize, Serialize};
 
 use super::compression::Compression;
+use super::narrowing::NarrowingDetail;
 
 /// One line of `--json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -305,6 +306,9 @@ pub struct Summary {
     /// What was compressed; null when it ended before lanes were open.
     #[serde(default)]
     pub compression: Option<Compression>,
+    /// What was left out of huge pages; null when it ended before lanes were open.
+    #[serde(default)]
+    pub narrowing: Option<NarrowingDetail>,
     /// From the first page moved until the guest was paused.
     pub brownout_ms: Option<f64>,
     /// The time the guest stood still.

@@ -60,6 +60,7 @@ pub(super) fn summary() -> Summary {
             ratio: Some(3.0),
             seconds: 1.25,
         }),
+        narrowing: None,
         brownout_ms: Some(512.25),
         blackout_ms: Some(31.25),
         blackout_predicted_ms: Some(29.0),

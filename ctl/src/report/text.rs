@@ -82,6 +82,9 @@ fn rows(summary: &Summary) -> Vec<(&'static str, String)> {
     if let Some(compression) = &summary.compression {
         rows.push(("compress", compression.line()));
     }
+    if let Some(narrowing) = summary.narrowing.as_ref().filter(|it| it.hashed_bytes > 0) {
+        rows.push(("narrowing", narrowing.line()));
+    }
     if summary.guest_bytes > 0 {
         rows.push(("memory", memory(summary)));
     }

@@ -5,6 +5,7 @@
 
 mod connect;
 mod cpu_watch;
+mod narrowing;
 mod pacing;
 mod packing;
 mod worker;
@@ -17,6 +18,7 @@ use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
 
+use self::narrowing::{LaneNarrowing, Sharing};
 use self::pacing::LanePacing;
 use self::packing::{LanePacking, Policy};
 use crate::plan::ConnectPlan;
@@ -46,6 +48,7 @@ pub(crate) struct PoolCounters {
 pub struct LanePool {
     lanes: Vec<Lane>,
     counters: Arc<PoolCounters>,
+    narrowing: Arc<Sharing>,
 }
 
 #[derive(Debug)]
@@ -65,7 +68,8 @@ impl LanePool {
         events: Sender<LaneEvent>,
     ) -> Result<Self, LaneError> {
         let counters = Arc::new(PoolCounters::default());
-        let mut pool = Self { lanes: Vec::with_capacity(plan.lanes.len()), counters };
+        let narrowing = Arc::new(Sharing::new(&plan.narrowing, &memory, plan.lanes.len()));
+        let mut pool = Self { lanes: Vec::with_capacity(plan.lanes.len()), counters, narrowing };
         let policy = Arc::new(Policy::new(&plan.packing, plan.lanes.len()));
         let lines = connect::connect_all(plan)?;
         for (place, (lane, line)) in plan.lanes.iter().zip(lines).enumerate() {
@@ -78,6 +82,7 @@ impl LanePool {
                 events: events.clone(),
                 counters: Arc::clone(&pool.counters),
                 packing: LanePacking::new(Arc::clone(&policy), place),
+                narrowing: LaneNarrowing::new(Arc::clone(&pool.narrowing)),
                 pacing: LanePacing::new(Arc::clone(&plan.pacer)),
             };
             let start = Start {
@@ -124,6 +129,7 @@ impl SourceLanes for LanePool {
     }
 
     fn move_round(&mut self, work: Arc<RoundWork>) {
+        self.narrowing.round_begins();
         for lane in &self.lanes {
             // A lane that has failed has said so and takes no part.
             let _ = lane.commands.send(Command::Round(Arc::clone(&work)));

@@ -126,11 +126,13 @@ impl LanePacking {
         codec
     }
 
-    /// Packs a batch's data into the parcel, if it gets smaller by that.
+    /// Packs a batch's data into the parcel, if it gets smaller by that: from `narrowed`, if that is
+    /// what it is sent from.
     pub(super) fn pack(
         &mut self,
         codec: Option<Codec>,
         memory: &GuestMemory,
+        narrowed: Option<&[u8]>,
         sorted: &mut Sorted,
         parcel: &mut Parcel,
     ) -> Result<(), RegionError> {
@@ -142,7 +144,10 @@ impl LanePacking {
         let Some(codec) = codec else { return Ok(()) };
         let start = Instant::now();
         let room = parcel.packing_room();
-        let used = self.packer.pack(codec, memory, &sorted.data, room, &mut sorted.chunks)?;
+        let used = match narrowed {
+            Some(bytes) => self.packer.pack_bytes(codec, bytes, room, &mut sorted.chunks),
+            None => self.packer.pack(codec, memory, &sorted.data, room, &mut sorted.chunks)?,
+        };
         self.took = start.elapsed();
         let raw_bytes = sorted.data.iter().map(|extent| extent.len).sum::<u64>();
         self.stats.ns += u64::try_from(self.took.as_nanos()).unwrap_or(u64::MAX);

@@ -21,6 +21,7 @@ use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
 use pageferry_datapath::zero::Sorted;
 
+use super::narrowing::LaneNarrowing;
 use super::pacing::LanePacing;
 use super::packing::LanePacking;
 use super::{Command, PoolCounters};
@@ -38,6 +39,7 @@ pub(super) struct Setup {
     pub(super) events: Sender<LaneEvent>,
     pub(super) counters: Arc<PoolCounters>,
     pub(super) packing: LanePacking,
+    pub(super) narrowing: LaneNarrowing,
     pub(super) pacing: LanePacing,
 }
 
@@ -62,6 +64,7 @@ pub(super) fn run(
     let Worker { setup, wire, mut tally, .. } = worker;
     setup.line.hang_up();
     tally.packing = setup.packing.finish();
+    tally.narrowing = setup.narrowing.finish();
     wire.finish(&setup.line, tally, cpu)
 }
 
@@ -124,9 +127,8 @@ impl Worker {
             if self.batch.is_empty() {
                 break;
             }
-            // Noted before it is sent: a batch that fails half-way may be half placed.
-            note(&mut self.unacked, &self.batch);
             let start = Instant::now();
+            self.make_batch(work, bytes)?;
             let bytes = self.send_batch(codec)?;
             record(&mut self.tally.batch_ns, start);
             let zero_bytes = self.sorted.zero_bytes();
@@ -139,6 +141,7 @@ impl Worker {
         self.barrier(work.round())?;
         record(&mut self.tally.barrier_ns, start);
         self.unacked.clear();
+        self.setup.narrowing.acknowledged();
         self.say(LaneEvent::Placed { lane: self.setup.lane, round: work.round() });
         Ok(())
     }
@@ -153,16 +156,50 @@ impl Worker {
         }
     }
 
+    /// Sorts what was taken, without what the target holds; where that leaves little, takes more.
+    fn make_batch(&mut self, work: &RoundWork, piece_bytes: u64) -> Result<(), Ended> {
+        let lane = self.setup.lane;
+        let outside = |source| Ended::Failed(LaneError::OutsideMemory { lane, source });
+        let Setup { narrowing, memory, line, .. } = &mut self.setup;
+        let (round, sorted) = (work.round(), &mut self.sorted);
+        sorted.clear();
+        narrowing.begin(round, self.batch[0]);
+        while !self.batch.is_empty() {
+            line.check_stop().map_err(|_| Ended::Stopped)?;
+            // Noted before it is sent: a batch that fails half-way may be half placed.
+            note(&mut self.unacked, &self.batch);
+            let before = (sorted.data.len(), sorted.zero.len());
+            sorted.sort_more(memory, &self.batch).map_err(outside)?;
+            narrowing.narrow(round, memory, sorted, before).map_err(outside)?;
+            if !narrowing.takes_more(sorted) {
+                break;
+            }
+            let (extents, bytes) = narrowing.limits(sorted);
+            work.next_batch_within(&mut self.batch, extents, bytes.min(piece_bytes));
+        }
+        Ok(())
+    }
+
+    /// Sends what was sorted; the bytes of guest memory that travelled.
     fn send_batch(&mut self, codec: Option<Codec>) -> Result<u64, Ended> {
         let lane = self.setup.lane;
         let outside = |source| Ended::Failed(LaneError::OutsideMemory { lane, source });
-        self.sorted.sort(&self.setup.memory, &self.batch).map_err(outside)?;
+        if self.sorted.entries() == 0 {
+            return Ok(0); // The target holds all of it.
+        }
+        let begun = Instant::now();
         let raw_bytes = self.sorted.data.iter().map(|extent| extent.len).sum();
         let mut parcel = self.blank()?;
-        let Setup { packing, memory, .. } = &mut self.setup;
-        packing.pack(codec, memory, &mut self.sorted, &mut parcel).map_err(outside)?;
-        for &extent in &self.sorted.data {
-            parcel.push(self.setup.memory.lease(extent).map_err(outside)?);
+        let Setup { packing, narrowing, memory, .. } = &mut self.setup;
+        let sorted = &mut self.sorted;
+        packing.pack(codec, memory, narrowing.bytes(), sorted, &mut parcel).map_err(outside)?;
+        if narrowing.bytes().is_none() {
+            for &extent in &sorted.data {
+                parcel.push(memory.lease(extent).map_err(outside)?);
+            }
+        } else if !sorted.data.is_empty() {
+            // What was hashed is what is sent, whatever the guest has written since.
+            narrowing.load(&mut parcel);
         }
         self.writer.sorted(&self.sorted, parcel.header_mut());
         let wire_bytes = parcel.total_bytes();
@@ -171,6 +208,7 @@ impl Worker {
         paced.map_err(|error| self.ended(error))?;
         let start = Instant::now();
         self.send(parcel)?;
+        self.setup.narrowing.sent(raw_bytes, begun.elapsed());
         if self.setup.packing.is_governed() {
             let acked_bytes = sys::acked_bytes(self.setup.line.socket().as_fd());
             let sending = start.elapsed();

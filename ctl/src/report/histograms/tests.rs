@@ -4,7 +4,7 @@
 
 use std::fs;
 
-use pageferry_datapath::lane::{LanePath, Packing, ZeroCopy};
+use pageferry_datapath::lane::{LanePath, Narrowing, Packing, ZeroCopy};
 use tempfile::TempDir;
 
 use super::*;
@@ -60,6 +60,7 @@ fn what_lanes_and_scans_counted_is_all_there() {
         wire_bytes: 1,
         sealing: None,
         packing: Packing::default(),
+        narrowing: Narrowing::default(),
         syscalls: 1,
         cpu_ns: 1,
         barrier_ns: batch_ns.clone(),
