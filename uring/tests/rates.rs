@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pageferry_datapath::framing::HEADER_BYTES;
 use pageferry_datapath::lane::SourceLanes;
 use pageferry_datapath::pace::{Pacer, clock};
 use pageferry_uring::plan::PathWish;
@@ -13,6 +14,14 @@ use support::{Session, extent, fill, memory};
 
 const BYTES: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
+/// A rate is held over this.
+const WINDOW: Duration = Duration::from_secs(5);
+/// For so long windows begin, one each [`STEP`].
+const WATCHED: Duration = Duration::from_secs(2);
+/// See [`WATCHED`].
+const STEP: Duration = Duration::from_millis(50);
+/// After a change lanes finish the pieces that they have taken.
+const SETTLING: Duration = Duration::from_millis(500);
 
 /// Moves one guest's memory; what was handed over after each of these times.
 fn moved_after(
@@ -32,23 +41,64 @@ fn moved_after(
     step(&|| pool.moved_bytes());
 }
 
-fn assert_held(bytes: u64, took: Duration, rate: u64) {
-    let share = bytes as f64 / took.as_secs_f64() / rate as f64;
-    // Counted is memory; headers are part of the rate.
-    assert!((0.97..=1.02).contains(&share), "{share:.4} of the rate");
+/// What a batch at this rate carries, and what travels for it: headers are part of the rate.
+fn with_header(pacer: &Pacer) -> f64 {
+    let piece = pacer.piece_bytes() as f64;
+    (piece + HEADER_BYTES as f64) / piece
+}
+
+/// Holds lanes to each of the rates in turn, without a pause; the least and the most that was sent
+/// in any window of [`WINDOW`] after a change had its time, as shares of the rate.
+fn windows(name: &str, lanes: usize, rates: &[u64]) -> Vec<(f64, f64)> {
+    let pacer = Arc::new(Pacer::new(rates.first().copied()));
+    let mut found = Vec::new();
+    moved_after(&pacer, lanes, PathWish::Auto, |moved| {
+        for &rate in rates {
+            pacer.set(clock(), Some(rate));
+            thread::sleep(SETTLING);
+            let (start, mut seen) = (Instant::now(), Vec::new());
+            while start.elapsed() < WINDOW + WATCHED {
+                seen.push((start.elapsed(), moved() as f64 * with_header(&pacer)));
+                thread::sleep(STEP);
+            }
+            let shares = seen.iter().filter_map(|(from, before)| {
+                let (to, after) = seen.iter().find(|(to, _)| *to >= *from + WINDOW)?;
+                Some((after - before) / (*to - *from).as_secs_f64() / rate as f64)
+            });
+            let (least, most) = shares.fold((f64::MAX, 0.0f64), |(least, most), share| {
+                (least.min(share), most.max(share))
+            });
+            println!(
+                "{name}, {lanes} lanes at {} MiB/s: {:.2} % to {:.2} % in any {} s",
+                rate / MIB,
+                least * 100.0,
+                most * 100.0,
+                WINDOW.as_secs()
+            );
+            found.push((least, most));
+        }
+    });
+    found
 }
 
 #[test]
-fn a_rate_is_held_and_changed_in_flight() {
-    let rate = 40 * MIB;
-    let pacer = Arc::new(Pacer::new(Some(rate)));
-    moved_after(&pacer, 3, PathWish::Auto, |moved| {
-        for rate in [rate, rate * 2] {
-            pacer.set(clock(), Some(rate));
-            thread::sleep(Duration::from_millis(500));
-            let (before, start) = (moved(), Instant::now());
-            thread::sleep(Duration::from_secs(5));
-            assert_held(moved() - before, start.elapsed(), rate);
+fn any_five_seconds_are_within_two_percent_of_the_rate() {
+    // All at the same time, as migrations that share a link are: the last two take 90 and 10 % of
+    // a budget, which is changed too.
+    let runs: [(&str, usize, [u64; 2]); 4] = [
+        ("alone", 1, [40 * MIB, 80 * MIB]),
+        ("alone", 4, [80 * MIB, 40 * MIB]),
+        ("90 %", 2, [36 * MIB, 72 * MIB]),
+        ("10 %", 1, [4 * MIB, 8 * MIB]),
+    ];
+    thread::scope(|scope| {
+        for (name, lanes, rates) in runs {
+            scope.spawn(move || {
+                for (least, most) in windows(name, lanes, &rates) {
+                    // Never more. Less only where this machine was too busy to run the lanes.
+                    assert!(most <= 1.02 && least >= 0.95, "{name}: {least:.4} to {most:.4}");
+                }
+            });
         }
     });
 }
