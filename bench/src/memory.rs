@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageferry_ctl::lab::hugepages::HUGE_PAGE_BYTES;
 use pageferry_ctl::lab::{HugePages, HugetlbMount, Memory, Workplace, is_root};
 use pageferry_datapath::backing::Backing;
 use pageferry_datapath::ids::RegionIndex;
@@ -73,7 +74,9 @@ impl MemoryPool {
             None => PathBuf::from("/dev/shm"),
         };
         let path = folder.join(format!("{}-{name}.ram", self.workplace.unique_word()));
-        let backing = Backing::create(&path, self.guest_bytes)?;
+        // As QEMU does it: whole pages.
+        let page_bytes = if self.mount.is_some() { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        let backing = Backing::create(&path, self.guest_bytes.next_multiple_of(page_bytes))?;
         let region = Region::open(RegionIndex(0), backing);
         // The mapping keeps it; nothing is left behind however this ends.
         std::fs::remove_file(&path).map_err(BenchError::io("remove", path.display()))?;

@@ -91,6 +91,27 @@ fn a_guest_on_hugetlbfs_moves_live_ten_times() -> Outcome {
     move_live(spec, 10, &workplace)
 }
 
+/// QEMU rounds what it maps up to the huge page; on 4 KiB pages any even number of them is whole.
+#[test]
+fn a_guest_whose_memory_ends_within_a_huge_page_moves() -> Outcome {
+    let name = "a_guest_whose_memory_ends_within_a_huge_page_moves";
+    if !is_root() {
+        skip(name, "needs root for huge pages");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let mut spec = Scene::spec()?;
+    spec.params.pages_per_second = 500;
+    {
+        let workplace = Workplace::new()?;
+        let _pages = HugePages::reserve(&workplace, (2 * (spec.memory_mib + 2)) << 20)?;
+        let mount = HugetlbMount::new(&workplace)?;
+        let (memory, memory_odd_bytes) = (Memory::hugetlbfs(mount.path()), 1 << 20);
+        move_live(QemuSpec { memory, memory_odd_bytes, ..spec.clone() }, 1, &workplace)?;
+    }
+    move_live(QemuSpec { memory_odd_bytes: 8192, ..spec }, 1, &Workplace::new()?)
+}
+
 #[test]
 fn a_guest_moves_live_on_the_other_qemu_and_its_memfd_is_refused_there() -> Outcome {
     let name = "a_guest_moves_live_on_the_other_qemu_and_its_memfd_is_refused_there";

@@ -95,6 +95,8 @@ pub struct QemuSpec {
     pub smp: u32,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// And so many bytes more: a multiple of 8 KiB, to which QEMU rounds.
+    pub memory_odd_bytes: u64,
     /// What it is made of.
     pub memory: Memory,
     /// Wait for a migration (`-incoming defer`) instead of booting.
@@ -125,6 +127,7 @@ impl QemuSpec {
             cpu: cpu.into(),
             smp,
             memory_mib: 512,
+            memory_odd_bytes: 0,
             memory: Memory::tmpfs(),
             incoming: false,
             namespace: None,
@@ -333,7 +336,7 @@ impl QemuSpec {
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).into()));
         add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         add(&["-accel", &self.accel, "-cpu", &self.cpu, "-smp", &self.smp.to_string()]);
-        add(&["-m", &self.memory_mib.to_string()]);
+        add(&["-m", &format!("{}B", self.memory_bytes())]);
         match self.memory_object(memory_file) {
             Some(object) => {
                 add(&["-object", &object]);
@@ -363,8 +366,12 @@ impl QemuSpec {
         arguments
     }
 
+    fn memory_bytes(&self) -> u64 {
+        (self.memory_mib << 20) + self.memory_odd_bytes
+    }
+
     fn memory_object(&self, memory_file: Option<&Path>) -> Option<String> {
-        let size = format!("id=ram,size={}M", self.memory_mib);
+        let size = format!("id=ram,size={}B", self.memory_bytes());
         let on = |share: bool| if share { "on" } else { "off" };
         match &self.memory {
             Memory::File { share, reserve, .. } => {

@@ -136,11 +136,14 @@ fn compare_memory(
             refusals.push(Refusal::RegionMissing { name });
             continue;
         };
-        if ram.bytes != region.bytes {
+        // Both in whole pages, of their own side's size: 725 MiB are 726 in pages of 2 MiB.
+        let rounds_alike = ram.page_bytes == region.page_bytes;
+        let here_bytes = if rounds_alike { ram.mapped_bytes() } else { ram.bytes };
+        if here_bytes != region.bytes {
             refusals.push(Refusal::SizeDiffers {
                 name,
                 source_bytes: region.bytes,
-                target_bytes: ram.bytes,
+                target_bytes: here_bytes,
             });
         } else if ram.page_bytes != region.page_bytes {
             refusals.push(Refusal::PageSizeDiffers {

@@ -58,7 +58,7 @@ pub struct GuestRam {
     pub backend: String,
     /// What it is made of.
     pub kind: BackendKind,
-    /// Size in bytes.
+    /// Size in bytes, as the guest has it.
     pub bytes: u64,
     /// Page size in bytes: 4096, or the huge page's.
     pub page_bytes: u64,
@@ -68,6 +68,19 @@ pub struct GuestRam {
     pub preallocated: bool,
     /// Host virtual address, from QEMUs that tell (8.2 and newer).
     pub hva: Option<u64>,
+}
+
+impl GuestRam {
+    /// Bytes that QEMU maps for it, and that its file has: whole pages. Where the last page is a
+    /// huge one of which the guest has a part only, all of it moves: its rest belongs to this QEMU
+    /// alone, nobody writes it, and a page is the least that can be tracked.
+    pub fn mapped_bytes(&self) -> u64 {
+        let whole_pages = match self.page_bytes {
+            0 => None,
+            page_bytes => self.bytes.checked_next_multiple_of(page_bytes),
+        };
+        whole_pages.unwrap_or(self.bytes)
+    }
 }
 
 /// What [`discover`] found.

@@ -197,6 +197,12 @@ fn every_difference_between_source_and_target_is_named() {
     };
     let same = [region("a", 1 << 30, 4096), region("b", 1 << 30, 4096), region("x", 4096, 4096)];
     assert_eq!(compare_memory(&same, "q", &here, "q"), []);
+    let odd = GuestMemoryMap { ram: vec![ram("a", 725 << 20, 2 << 20)], ..here.clone() };
+    assert_eq!(compare_memory(&[region("a", 726 << 20, 2 << 20)], "q", &odd, "q"), []);
+    for (bytes, page_bytes) in [(725 << 20, 2 << 20), (728 << 20, 2 << 20), (725 << 20, 4096)] {
+        let refusals = compare_memory(&[region("a", bytes, page_bytes)], "q", &odd, "q");
+        assert_eq!(refusals.len(), 1, "{bytes} in {page_bytes}: {refusals:?}");
+    }
     let offered =
         [region("a", 2 << 30, 4096), region("b", 1 << 30, 2 << 20), region("c", 4096, 4096)];
     let words: Vec<_> = compare_memory(&offered, "pc", &here, "q35")

@@ -18,7 +18,7 @@ pub struct Place {
     pub name: String,
     /// Its first host virtual address in QEMU.
     pub hva: u64,
-    /// Size in bytes.
+    /// Size in bytes: whole pages.
     pub bytes: u64,
     /// Device and inode of its file, as `st_dev` and `st_ino`.
     pub identity: (u64, u64),
@@ -72,8 +72,10 @@ fn locate_one(
     block: &GuestRam,
     runs: &[Run],
 ) -> Result<Place, MemoryError> {
-    // The guard page that QEMU maps behind a block is private: a run has the block's exact size.
-    let mut fitting: Vec<&Run> = runs.iter().filter(|run| run.bytes == block.bytes).collect();
+    // The guard page that QEMU maps behind a block is private: a run has the block's exact size, in
+    // whole pages.
+    let mut fitting: Vec<&Run> =
+        runs.iter().filter(|run| run.bytes == block.mapped_bytes()).collect();
     let path = match &block.kind {
         BackendKind::File { path } => Some(seen_by(pid, path)),
         BackendKind::Memfd | BackendKind::Other { .. } => None,
@@ -182,6 +184,45 @@ impl Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qemu::recorded::Recording;
+
+    /// What `info ramblock`, 7.2 or 8.2, and the process's mappings have of a guest of 725 MiB.
+    fn odd_block(hva: Option<u64>) -> GuestRam {
+        GuestRam {
+            name: "ram".into(),
+            backend: "/objects/ram".into(),
+            kind: BackendKind::File { path: "/no/such/file".into() },
+            bytes: 725 << 20,
+            page_bytes: 2 << 20,
+            shared: true,
+            preallocated: false,
+            hva,
+        }
+    }
+
+    /// One mapping fits, so nothing is asked.
+    fn no_monitor() -> Recording {
+        let nothing = serde_json::json!({ "version": [7, 2, 0], "exchanges": [] });
+        serde_json::from_value(nothing).expect("a recording")
+    }
+
+    #[test]
+    fn a_block_that_ends_within_a_huge_page_is_mapped_to_the_page_s_end() {
+        let text = "\
+7f0000000000-7f002d600000 rw-s 00000000 00:1b 901   /dev/hugepages/ram
+7f002d600000-7f002d800000 ---p 00000000 00:00 0
+7f0100000000-7f012d500000 rw-s 00000000 00:1c 902   /dev/shm/other
+";
+        let runs = runs(text.lines().filter_map(Mapping::parse).collect());
+        for hva in [None, Some(0x7f00_0000_0000)] {
+            let place = locate_one(&no_monitor(), 1, &odd_block(hva), &runs).unwrap();
+            assert_eq!((place.hva, place.bytes), (0x7f00_0000_0000, 726 << 20));
+        }
+        let mut whole = odd_block(None);
+        whole.bytes = 728 << 20;
+        let error = locate_one(&no_monitor(), 1, &whole, &runs).unwrap_err();
+        assert!(matches!(error, MemoryError::NotLocated { candidates: 0, .. }), "{error}");
+    }
 
     #[test]
     fn split_blocks_are_joined_and_private_ones_left_out() {
