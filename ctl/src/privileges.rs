@@ -10,6 +10,7 @@
 //! | both | `CAP_IPC_LOCK` (or memlock) | memory that RDMA devices write to | the end |
 //! | | `CAP_SYS_NICE` | coming back from giving way to the guest | the end |
 //! | `guard` | `CAP_DAC_OVERRIDE` | the QMP socket of another user's QEMU | the end |
+//! | | `CAP_SYS_PTRACE` | closing what an agent killed while it attached has left in QEMU | attached |
 //! | `drain` | as `migrate` | looking into each QEMU; the agents that it starts | the end |
 //! | `demo` | root | network namespaces | the end |
 //! | `probe`, `pki` | none | | |

@@ -2,13 +2,19 @@
 //! was doing goes on.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, RawFd};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, ppoll};
 use nix::sys::time::TimeSpec;
-use pageferry_datapath::attach::{AttachError, Process, UffdPrivilege, take_userfaultfd};
+use pageferry_datapath::attach::{
+    AttachError, Process, UffdPrivilege, close_leftovers, take_userfaultfd,
+};
+use pageferry_datapath::backing::Backing;
+use pageferry_datapath::ids::RegionIndex;
+use pageferry_datapath::region::Region;
+use pageferry_datapath::tracker::{ScanPhases, UffdTracker};
 
 /// How long each helper is asleep in its call. The injections come in its first third.
 const ASLEEP: Duration = Duration::from_millis(600);
@@ -38,6 +44,7 @@ fn main() {
         a_process_that_exits_meanwhile_is_gone_and_its_parent_reaps_it,
         injections_under_signals_lose_none,
         a_polling_thread_outlives_any_number_of_killed_attachers,
+        what_killed_attachers_left_is_closed_and_nothing_else,
     ];
     libtest_mimic::run(&libtest_mimic::Arguments::from_args(), trials).exit();
 }
@@ -51,6 +58,15 @@ fn helper(call: &str) {
         loop {
             take_userfaultfd(&process).unwrap();
         }
+    }
+    if call == "userfaultfds" {
+        let backing = Backing::memfd("attach-test", 1 << 20, None).unwrap();
+        let region = Region::open(RegionIndex(0), backing).unwrap();
+        let _in_use = UffdTracker::of_own(&[region], &[], ScanPhases::One).unwrap();
+        let other = Helper::start("main loop");
+        let _unused = [(); 2].map(|()| take_userfaultfd(&other.process()).unwrap());
+        println!("\nhelper ready");
+        return main_loop();
     }
     println!("\nhelper ready");
     if call == "main loop" {
@@ -310,6 +326,28 @@ fn a_polling_thread_outlives_any_number_of_killed_attachers() {
     }
     assert_eq!(helper.process().tracer().unwrap(), 0);
     take_userfaultfd(&helper.process()).unwrap();
+    assert!(userfaultfds(&helper.process()).is_empty(), "left by those that were killed");
     drop(helper.stdin.take());
     assert!(helper.child.wait().unwrap().success());
+}
+
+fn what_killed_attachers_left_is_closed_and_nothing_else() {
+    // One that is in use, as a monitor's own is, and two as a killed attacher leaves them.
+    let helper = Helper::start("userfaultfds");
+    let process = helper.process();
+    let before = userfaultfds(&process);
+    assert_eq!(before.len(), 3);
+    assert_eq!(close_leftovers(&process).unwrap(), 2);
+    assert_eq!(userfaultfds(&process), before[..1]);
+    assert_eq!(close_leftovers(&process).unwrap(), 0);
+    take_userfaultfd(&process).unwrap();
+    assert_eq!(userfaultfds(&process), before[..1]);
+}
+
+fn userfaultfds(process: &Process) -> Vec<RawFd> {
+    let fds = process.fds().unwrap().into_iter();
+    let mut fds: Vec<_> =
+        fds.filter(|(_, name)| name.ends_with("anon_inode:[userfaultfd]")).map(|it| it.0).collect();
+    fds.sort_unstable();
+    fds
 }

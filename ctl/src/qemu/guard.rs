@@ -1,10 +1,11 @@
 //! A process of its own that looks after the guest if the source agent dies while it holds it.
 //!
-//! An agent that is killed takes its tracking with it, but a guest it had paused stays paused, and
-//! QEMU's migration settings stay changed. So it starts a guard before it touches anything, tells
-//! it through a pipe when it pauses the guest and lets it go on, and in the end that all is done.
-//! When the pipe ends without that word, the guard ends QEMU's migration, sets the settings back and
-//! lets the guest go on: unless the session's record says that it was handed over. Then nobody here
+//! An agent that is killed takes its tracking with it, but a guest it had paused stays paused,
+//! QEMU's migration settings stay changed, and what it was just about to take out of QEMU stays in
+//! there. So it starts a guard before it touches anything, tells it through a pipe when it has
+//! attached, when it pauses the guest and lets it go on, and in the end that all is done. When the
+//! pipe ends without that word, the guard ends QEMU's migration, sets the settings back, closes what
+//! was left open in QEMU and lets the guest go on: unless the session's record says that it was handed over. Then nobody here
 //! can know whose it is, and it stays paused.
 
 use std::io::{BufRead, Write, stdin};
@@ -14,6 +15,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Instant;
 
 use caps::Capability;
+use pageferry_datapath::attach::{self, Process};
 use pageferry_datapath::control::Word;
 use pageferry_datapath::recover::{self, Peer};
 use pageferry_datapath::source::Failure;
@@ -29,6 +31,7 @@ use crate::privileges;
 use crate::qmp::Qmp;
 use crate::report::exit::Exit;
 
+const ATTACHED: &str = "attached";
 const PAUSED: &str = "paused";
 const RUNNING: &str = "running";
 const DONE: &str = "done";
@@ -37,6 +40,7 @@ const DONE: &str = "done";
 #[derive(Debug, Serialize, Deserialize)]
 struct Charge {
     qmp: PathBuf,
+    pid: i32,
     record: PathBuf,
     /// As they were before anything was touched.
     settings: Settings,
@@ -51,10 +55,11 @@ pub(super) struct Guard {
 
 impl Guard {
     /// Starts a guard for the QEMU behind `qmp`, of the session with this record.
-    pub(super) fn start(qmp: &Qmp, record: &Path) -> Result<Self, Failure> {
+    pub(super) fn start(qmp: &Qmp, pid: i32, record: &Path) -> Result<Self, Failure> {
         let settings = Settings::current(qmp)
             .map_err(|error| failure::host("QEMU's migration settings", &error, None))?;
-        let charge = Charge { qmp: qmp.path().to_owned(), record: record.to_owned(), settings };
+        let (qmp, record) = (qmp.path().to_owned(), record.to_owned());
+        let charge = Charge { qmp, pid, record, settings };
         let failed = |error: std::io::Error| failure::host("guard process", &error, None);
         let program = std::env::current_exe().map_err(failed)?;
         let mut command = Command::new(program);
@@ -65,6 +70,13 @@ impl Guard {
         let charge = serde_json::to_string(&charge).expect("a charge is plain data");
         guard.tell(&charge).map_err(failed)?;
         Ok(guard)
+    }
+
+    /// When nothing is left to take out of QEMU.
+    pub(super) fn attached(&mut self) {
+        if let Err(error) = self.tell(ATTACHED) {
+            tracing::warn!(%error, "the guard is gone");
+        }
     }
 
     /// Before the guest is paused.
@@ -99,26 +111,33 @@ impl Drop for Guard {
 
 /// The guard's process.
 pub fn run() -> Exit {
-    privileges::drop_on_this_thread(&[Capability::CAP_DAC_OVERRIDE]);
+    privileges::drop_on_this_thread(&[Capability::CAP_DAC_OVERRIDE, Capability::CAP_SYS_PTRACE]);
     let mut lines = stdin().lock().lines().map_while(Result::ok);
-    let Some(charge) = lines.next().and_then(|line| serde_json::from_str(&line).ok()) else {
+    let charge = lines.next().and_then(|line| serde_json::from_str::<Charge>(&line).ok());
+    let Some(charge) = charge else {
         return Exit::Refused;
     };
+    // Held from here on, so that the number can't come to mean another one.
+    let mut attaching = Process::open(charge.pid).ok();
     let mut paused = false;
     for line in lines {
         match line.as_str() {
+            ATTACHED => {
+                attaching = None;
+                privileges::drop_on_this_thread(&[Capability::CAP_DAC_OVERRIDE]);
+            }
             PAUSED => paused = true,
             RUNNING => paused = false,
             DONE => return Exit::Done,
             _ => {}
         }
     }
-    take_over(&charge, paused)
+    take_over(&charge, attaching.as_ref(), paused)
 }
 
 /// Lets the guest go on if it is this side's. What can't be done is said.
-fn take_over(charge: &Charge, paused: bool) -> Exit {
-    let Charge { qmp, record, settings } = charge;
+fn take_over(charge: &Charge, attaching: Option<&Process>, paused: bool) -> Exit {
+    let Charge { qmp, pid: _, record, settings } = charge;
     let by_hand = format!("connect to {} and look with `query-status`", qmp.display());
     let mut records = match Records::inherit(record) {
         Ok(records) => records,
@@ -152,12 +171,17 @@ fn take_over(charge: &Charge, paused: bool) -> Exit {
         return Exit::HandoverUncertain;
     }
     let settled = Qmp::connect(qmp).map_err(|error| error.to_string()).and_then(|qmp| {
+        // QEMU's main thread has answered: what it was made to do before is done.
+        let closed = attaching.map_or(Ok(0), attach::close_leftovers);
         let cancelled = device_state::cancel(&qmp, Instant::now() + STATE_TIMEOUT);
         let restored = settings.restore_differing(&qmp);
         if paused {
             runstate::settle_and_cont(&qmp).map_err(|error| error.to_string())?;
         }
         cancelled.map_err(|error| error.to_string())?;
+        if let Err(error) = closed {
+            tracing::warn!(%error, "what the agent left open in QEMU stays there, unused");
+        }
         restored.map_err(|error| error.to_string())
     });
     match settled {

@@ -87,7 +87,7 @@ impl SourceMonitor for QemuSource {
     }
 
     fn guard(&mut self, record: &Path) -> Result<(), Failure> {
-        self.guard = Some(Guard::start(&self.qmp, record)?);
+        self.guard = Some(Guard::start(&self.qmp, self.facts.pid, record)?);
         Ok(())
     }
 
@@ -108,6 +108,9 @@ impl SourceMonitor for QemuSource {
         let pagemap = self.process.pagemap().map_err(|error| attach_failure(&error))?;
         let taken =
             attach::take_userfaultfd(&self.process).map_err(|error| attach_failure(&error))?;
+        if let Some(guard) = &mut self.guard {
+            guard.attached();
+        }
         let tracker =
             UffdTracker::start(taken.fd, pagemap, memory.regions(), ranges, &populated, self.scan)
                 .map_err(|error| failure::host("dirty tracking", &error, None))?;

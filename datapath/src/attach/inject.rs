@@ -24,7 +24,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
@@ -41,11 +41,35 @@ const USER_CS: u64 = 0x33;
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 pub(super) fn take_userfaultfd(process: &Process) -> Result<TakenUffd, AttachError> {
+    let ((fd, privilege), stopped) = on_own_thread(process, create_and_take)?;
+    Ok(TakenUffd { fd, privilege, stopped })
+}
+
+/// Closes those of `fds` in `process` that still are what `of` says: how many it closed.
+pub(super) fn close(
+    process: &Process,
+    fds: &[RawFd],
+    of: impl Fn(RawFd) -> bool + Sync,
+) -> Result<usize, AttachError> {
+    let close_all = |thread: &mut StoppedThread<'_>| {
+        let mut closed = 0;
+        // The process may have closed one and opened another in its place before it was stopped.
+        for &fd in fds.iter().filter(|&&fd| of(fd)) {
+            thread.call("close", libc::SYS_close, [fd as u64, 0, 0])?;
+            closed += 1;
+        }
+        Ok(closed)
+    };
+    on_own_thread(process, close_all).map(|(closed, _)| closed)
+}
+
+/// Has `body` make its calls in `process`, from a thread that ends with it.
+fn on_own_thread<T: Send>(
+    process: &Process,
+    body: impl FnOnce(&mut StoppedThread<'_>) -> Result<T, AttachError> + Send,
+) -> Result<(T, Duration), AttachError> {
     std::thread::scope(|scope| {
-        let session = || {
-            let ((fd, privilege), stopped) = with_stopped(process, create_and_take)?;
-            Ok(TakenUffd { fd, privilege, stopped })
-        };
+        let session = || with_stopped(process, body);
         let thread = std::thread::Builder::new().name("inject".into()).spawn_scoped(scope, session);
         let thread = thread.map_err(|error| process.host("starting a thread", error))?;
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

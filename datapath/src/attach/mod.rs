@@ -10,10 +10,12 @@
 //! ```
 //!
 //! Afterwards nothing of it is left in the monitor: no descriptor, no mapping, no tracer. What is
-//! registered through the descriptor ends with it.
+//! registered through the descriptor ends with it. Only an agent that is killed between the two calls
+//! leaves the descriptor there; whoever attaches next closes it ([`close_leftovers`]).
 
 #[cfg(target_arch = "x86_64")]
 mod inject;
+mod leftover;
 mod maps;
 mod process;
 mod sys;
@@ -31,6 +33,7 @@ use crate::region::{GuestMemory, Region};
 use crate::thp;
 use crate::tracker::TrackedRange;
 
+pub use leftover::close_leftovers;
 pub use maps::{Access, Mapping};
 pub use process::Process;
 
@@ -187,8 +190,13 @@ pub struct TakenUffd {
 }
 
 /// Creates a userfaultfd inside `process` and takes it out: afterwards it is open here only. One
-/// thread of the process is stopped meanwhile; the result says for how long.
+/// thread of the process is stopped meanwhile; the result says for how long. What an earlier attempt
+/// has left there is closed first.
 pub fn take_userfaultfd(process: &Process) -> Result<TakenUffd, AttachError> {
+    let closed = close_leftovers(process)?;
+    if closed > 0 {
+        tracing::info!(pid = process.pid(), closed, "an attach was cut short here before");
+    }
     #[cfg(target_arch = "x86_64")]
     return inject::take_userfaultfd(process);
     #[cfg(not(target_arch = "x86_64"))]

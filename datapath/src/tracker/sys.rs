@@ -117,6 +117,7 @@ struct PmScanArg {
 nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, UffdioApi);
 nix::ioctl_readwrite!(uffdio_register, 0xAA, 0x00, UffdioRegister);
 nix::ioctl_read!(uffdio_unregister, 0xAA, 0x01, UffdioRange);
+nix::ioctl_read!(uffdio_wake, 0xAA, 0x02, UffdioRange);
 nix::ioctl_readwrite!(uffdio_writeprotect, 0xAA, 0x06, UffdioWriteprotect);
 nix::ioctl_readwrite!(uffdio_continue, 0xAA, 0x07, UffdioContinue);
 nix::ioctl_readwrite!(pagemap_scan_ioctl, b'f', 16, PmScanArg);
@@ -165,6 +166,14 @@ impl Uffd {
         // SAFETY: `arg` is the structure this ioctl reads and writes, and outlives the call.
         unsafe { uffdio_api(self.fd.as_raw_fd(), &mut arg) }?;
         Ok(arg.features)
+    }
+
+    /// Whether nobody has agreed on features yet. Asking changes nothing: an operation that its own
+    /// owner can't mean is refused for the one reason or for the other.
+    pub(crate) fn is_unused(&self) -> bool {
+        // SAFETY: the kernel copies from the null pointer, which fails, or does not come that far.
+        let refused = unsafe { uffdio_wake(self.fd.as_raw_fd(), std::ptr::null_mut()) };
+        refused == Err(nix::errno::Errno::EINVAL)
     }
 
     /// Registers `range` of host virtual addresses; the operations it offers, as bits.
