@@ -1,6 +1,7 @@
 //! What this agent says of itself and its host, and what it counts of its own.
 
 use std::time::Duration;
+use std::{fs, io};
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
@@ -20,7 +21,7 @@ pub fn name() -> String {
 /// The kernel's boot id: the same in every namespace of one machine, another after a reboot.
 /// Empty where /proc does not say.
 pub fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map(|id| id.trim().to_owned())
         .unwrap_or_default()
 }
@@ -32,6 +33,25 @@ pub fn cpu_time() -> Duration {
         u64::try_from(time.tv_sec() * 1_000_000 + time.tv_usec()).unwrap_or(0)
     };
     Duration::from_micros(micros(usage.user_time()) + micros(usage.system_time()))
+}
+
+/// What `/proc/PID/stat` says of a process behind its name, in the order of `proc_pid_stat(5)`: the
+/// first is that page's third.
+pub fn stat_fields(pid: u32) -> io::Result<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = text.rsplit_once(") ").map(|(_, rest)| rest.split_ascii_whitespace());
+    Ok(fields.ok_or(io::ErrorKind::InvalidData)?.map(str::to_owned).collect())
+}
+
+/// When `pid` was started, in the kernel's ticks since boot; `None` if there is no such process.
+/// Together with the number it names a process for good. One that has ended and was not waited
+/// for yet counts as gone.
+pub fn start_time(pid: u32) -> Option<u64> {
+    let fields = stat_fields(pid).ok()?;
+    if matches!(fields.first()?.as_str(), "Z" | "X") {
+        return None;
+    }
+    fields.get(22 - 3)?.parse().ok()
 }
 
 /// Cores this process may run on.

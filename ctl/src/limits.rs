@@ -16,6 +16,9 @@ pub const QMP_GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one command may take. `stop` flushes the guest's disks, which may take seconds.
 pub const QMP_COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Longer than any host is up: for what has to be waited for.
+pub const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
 /// Pause between tries while the listener's backlog is full, or while it does not listen yet.
 pub const QMP_CONNECT_RETRY: Duration = Duration::from_millis(20);
 
@@ -148,6 +151,10 @@ pub const RECOVER_ANSWER_MAX: Duration = Duration::from_secs(10);
 
 /// The shortest of these waits.
 pub const RECOVER_TRY_MIN: Duration = Duration::from_secs(1);
+
+/// How long a QEMU that was killed may take to give its memory back before it counts as one that
+/// lives: some 100 GB.
+pub const RECOVER_EXIT_MAX: Duration = Duration::from_secs(10);
 
 /// Pause between two questions.
 pub const RECOVER_PAUSE: Duration = Duration::from_millis(500);

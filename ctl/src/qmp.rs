@@ -177,7 +177,8 @@ impl Qmp {
     }
 
     /// Runs a command and returns as soon as QEMU has reported the event `name` that it causes, or
-    /// has answered without one (`None`). For commands whose answer waits for more than matters.
+    /// has answered without one (`None`), until `deadline`. For commands whose answer waits for more
+    /// than matters.
     ///
     /// # Errors
     /// As for [`Qmp::execute`].
@@ -186,8 +187,8 @@ impl Qmp {
         command: &str,
         args: Value,
         name: &str,
+        deadline: Instant,
     ) -> Result<Option<Event>, QmpError> {
-        let deadline = Instant::now() + QMP_COMMAND_TIMEOUT;
         self.lock().execute_until_event(command, &args, name, deadline)
     }
 

@@ -17,6 +17,7 @@ use crate::agent::record::{self, Record, Role};
 use crate::agent::recovery::{self, LOOK, RecoveryError, Side};
 use crate::agent::tls::Door;
 use crate::cli::RecoverArgs;
+use crate::qmp::QmpError;
 use crate::report::exit::Exit;
 
 /// Runs the subcommand.
@@ -40,6 +41,7 @@ pub fn run(args: &RecoverArgs) -> Exit {
                 match error {
                     RecoveryError::Record(_) | RecoveryError::Undecided { .. } => Exit::Refused,
                     RecoveryError::Run { .. } => Exit::PausedAtSource,
+                    RecoveryError::Silent { .. } => Exit::HandoverUncertain,
                 }
             }
         };
@@ -198,6 +200,13 @@ fn hint(error: &RecoveryError) -> String {
         }
         RecoveryError::Record(error) => format!("look at {}", shown(&error.path)),
         RecoveryError::Undecided { .. } => "leave out --forget".into(),
+        RecoveryError::Silent { qmp, source, .. } => match source {
+            Some(QmpError::Busy { .. }) => format!(
+                "close the client that is connected to {} (socat, virsh, a script), and run it again",
+                shown(qmp)
+            ),
+            _ => format!("nothing was changed; make {} that QEMU's again", shown(qmp)),
+        },
         RecoveryError::Run { qmp, .. } => {
             format!("connect to {} and look with `query-status`", shown(qmp))
         }

@@ -59,7 +59,7 @@ fn a_killed_laboratory_is_cleaned_up_by_the_next() -> Outcome {
     let workplace = Workplace::new()?;
     let started = Instant::now();
     // The QEMU belongs to init now, which waits for it when it likes.
-    let gone = || pageferry_ctl::lab::process::start_time(pid.parse().unwrap_or(0)).is_none();
+    let gone = || pageferry_ctl::host::start_time(pid.parse().unwrap_or(0)).is_none();
     while !gone() && started.elapsed() < Duration::from_secs(10) {
         std::thread::sleep(Duration::from_millis(10));
     }

@@ -191,3 +191,41 @@ fn a_session_on_its_way_can_be_cancelled_from_outside() -> Outcome {
     scene.assert_clean()?;
     Ok(())
 }
+
+#[test]
+fn a_guest_whose_monitor_somebody_else_holds_is_not_taken_for_gone() -> Outcome {
+    if !is_root() {
+        skip("a_guest_whose_monitor_somebody_else_holds_is_not_taken_for_gone", "needs root");
+        return Ok(());
+    }
+    let _alone = one_at_a_time();
+    let workplace = Workplace::new()?;
+    let scene = Scene::boot(&workplace, Scene::spec()?)?;
+    let waiting = scene.waiting(|_| {})?;
+    // Held where the target has the guest loaded and the source has not decided; then both agents die,
+    // and the guard lets the guest go on.
+    let (source, target) = scene.agents_held(&waiting, &[], "saving:30000")?;
+    source.wait_error("held in", SOON)?;
+    target.signal(Signal::SIGKILL);
+    source.signal(Signal::SIGKILL);
+    source.wait_error("the guest runs on here", SOON)?;
+    source.wait_error("the target was not told", SOON)?;
+    for agent in [source, target] {
+        agent.wait(SOON)?;
+    }
+    let held = Qmp::connect(scene.guest.qmp())?;
+    let there = command(&scene, false, "target-1", &["recover", "--json", "--wait", "20"])?;
+    let here = done(command(&scene, true, "source-1", &["recover", "--wait", "5"])?)?;
+    assert_eq!(here.code, 4, "{}", here.stderr);
+    assert!(here.stderr.contains("lives, but does not answer"), "{}", here.stderr);
+    assert!(here.stderr.contains("hint: close the client"), "{}", here.stderr);
+    assert!(RunState::query(&held)?.running && !runs(&waiting)?);
+    drop(held);
+    let here = done(command(&scene, true, "source-1", &["recover", "--json", "--wait", "15"])?)?;
+    assert_eq!((here.code, &here.events[0]["end"]), (0, &"runs-here".into()), "{}", here.stderr);
+    let there = done(there)?;
+    assert_eq!((there.code, &there.events[0]["end"]), (0, &"the-others".into()));
+    scene.assert_goes_on()?;
+    scene.assert_clean()?;
+    Ok(())
+}

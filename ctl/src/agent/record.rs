@@ -16,6 +16,7 @@ use pageferry_datapath::control::Word;
 use pageferry_datapath::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
+use crate::host;
 use crate::qemu::capabilities::Settings;
 
 /// Where records are kept unless told otherwise.
@@ -70,6 +71,9 @@ pub struct Record {
     pub qmp: PathBuf,
     /// The monitor's pid on this side.
     pub pid: i32,
+    /// When that process was started, in the kernel's ticks: another may get its number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid_started: Option<u64>,
     /// The agent's own pid.
     #[serde(default)]
     pub agent: u32,
@@ -104,6 +108,7 @@ impl Record {
             peer,
             qmp,
             pid,
+            pid_started: started(pid),
             agent: std::process::id(),
             listen: None,
             security: RecordedSecurity::default(),
@@ -111,6 +116,12 @@ impl Record {
             sequence: 0,
             written_at: 0,
         }
+    }
+
+    /// Whether the monitor's process is still there.
+    pub fn monitor_lives(&self) -> bool {
+        let now = started(self.pid);
+        now.is_some() && (self.pid_started.is_none() || self.pid_started == now)
     }
 
     /// What it says, as sides tell each other.
@@ -123,6 +134,10 @@ impl Record {
             Decision::Aborted => Word::Aborted,
         }
     }
+}
+
+fn started(pid: i32) -> Option<u64> {
+    u32::try_from(pid).ok().and_then(host::start_time)
 }
 
 /// How the other side is spoken to, so that it can be asked again after a crash.

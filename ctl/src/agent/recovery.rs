@@ -31,6 +31,17 @@ pub enum RecoveryError {
         /// What the record says.
         decision: Decision,
     },
+    /// QEMU lives, and does not say whether the guest runs.
+    #[error("QEMU, process {pid}, lives, but does not answer: its guest may run")]
+    Silent {
+        /// Its process.
+        pid: i32,
+        /// Its monitor's socket.
+        qmp: PathBuf,
+        /// Why; `None` if another monitor answers there.
+        #[source]
+        source: Option<QmpError>,
+    },
     /// The guest did not go on.
     #[error("the guest on {} does not go on", qmp.display())]
     Run {
@@ -57,7 +68,7 @@ impl Side {
     pub fn open(path: &Path) -> Result<Self, RecoveryError> {
         let records = Records::open(path)?;
         let record = records.record().clone();
-        let qmp = Qmp::connect(&record.qmp).ok().filter(|qmp| is_monitor(qmp, record.pid));
+        let qmp = monitor(&record)?;
         Ok(Self { records: Some(records), record, qmp, answered: None })
     }
 
@@ -67,12 +78,14 @@ impl Side {
     }
 
     /// The guest on this side.
-    pub fn guest(&self) -> Guest {
-        let state = self.qmp.as_ref().and_then(|qmp| RunState::query(qmp).ok());
-        match state {
-            Some(state) if state.running => Guest::Runs,
-            Some(state) if state.status != "inmigrate" => Guest::Whole,
-            _ => Guest::Absent,
+    pub fn guest(&self) -> Result<Guest, RecoveryError> {
+        let Some(qmp) = &self.qmp else { return Ok(Guest::Absent) };
+        match RunState::query(qmp) {
+            Ok(state) if state.running => Ok(Guest::Runs),
+            Ok(state) if state.status != "inmigrate" => Ok(Guest::Whole),
+            Ok(_) => Ok(Guest::Absent),
+            Err(_) if !self.record.monitor_lives() => Ok(Guest::Absent),
+            Err(error) => Err(silent(&self.record, Some(error))),
         }
     }
 
@@ -86,7 +99,7 @@ impl Side {
         peer_is_dead: bool,
         until: Instant,
     ) -> Result<End, RecoveryError> {
-        let guest = self.guest();
+        let guest = self.guest()?;
         let (word, first) = recover::source_word(self.word(), guest);
         self.carry_out(first.as_slice())?;
         let mut peer = self.ask(word, until);
@@ -111,7 +124,7 @@ impl Side {
 
     /// The target's way to its end, with what is known of the source.
     pub fn recover_target(&mut self, peer: Peer) -> Result<End, RecoveryError> {
-        let plan = recover::target(self.word(), self.guest(), peer);
+        let plan = recover::target(self.word(), self.guest()?, peer);
         self.carry_out(&plan.steps)?;
         self.set_back(plan.end);
         Ok(plan.end)
@@ -187,6 +200,30 @@ impl Side {
         let failed = |source| RecoveryError::Run { qmp: self.record.qmp.clone(), source };
         runstate::settle_and_cont(qmp).map(drop).map_err(failed)
     }
+}
+
+/// The monitor of a record, `None` if its process is gone. One that lives and can't be asked is not
+/// gone: its guest may run.
+fn monitor(record: &Record) -> Result<Option<Qmp>, RecoveryError> {
+    let until = Instant::now() + limits::RECOVER_EXIT_MAX;
+    loop {
+        let refused = match Qmp::connect(&record.qmp) {
+            Ok(qmp) if is_monitor(&qmp, record.pid) => return Ok(Some(qmp)),
+            Ok(_another) => None,
+            Err(error) => Some(error),
+        };
+        if !record.monitor_lives() {
+            return Ok(None);
+        }
+        if Instant::now() >= until {
+            return Err(silent(record, refused));
+        }
+        thread::sleep(limits::RECOVER_PAUSE);
+    }
+}
+
+fn silent(record: &Record, source: Option<QmpError>) -> RecoveryError {
+    RecoveryError::Silent { pid: record.pid, qmp: record.qmp.clone(), source }
 }
 
 /// Whether the process behind a socket is the one of the record: another may have taken its place.

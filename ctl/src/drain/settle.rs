@@ -53,9 +53,9 @@ pub(super) fn all(
                 Some(Err(error)) => {
                     let fate = match &error {
                         RecoveryError::Run { .. } => Fate::Paused,
-                        RecoveryError::Record(_) | RecoveryError::Undecided { .. } => {
-                            Fate::Uncertain
-                        }
+                        RecoveryError::Record(_)
+                        | RecoveryError::Undecided { .. }
+                        | RecoveryError::Silent { .. } => Fate::Uncertain,
                     };
                     rows.push(unsettled(guest, &record, fate, Some(error)));
                 }

@@ -14,8 +14,8 @@ use super::command::{output, tail};
 use super::console::Console;
 use super::error::{LabError, io};
 use super::guest_params::GuestParams;
-use super::process::start_time;
 use super::workplace::{Undo, Workplace};
+use crate::host::start_time;
 
 /// The daemon asks QEMU what it can do before it serves anybody.
 const START_MAX: Duration = Duration::from_secs(60);

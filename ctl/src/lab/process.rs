@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::error::{LabError, io};
+use crate::host;
 
 /// Processor time that a process has used, with that of its ended threads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,7 +26,8 @@ impl CpuTime {
 
 /// Processor time of `pid` so far, in the kernel's clock ticks (10 ms).
 pub fn cpu_time(pid: u32) -> Result<CpuTime, LabError> {
-    let fields = stat_fields(pid)?;
+    let path = Path::new("/proc").join(pid.to_string()).join("stat");
+    let fields = host::stat_fields(pid).map_err(io("read", &path))?;
     let ticks_per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)
         .ok()
         .flatten()
@@ -39,17 +41,6 @@ pub fn cpu_time(pid: u32) -> Result<CpuTime, LabError> {
             .ok_or_else(|| LabError::Unexpected { what: "/proc/PID/stat", found: fields.join(" ") })
     };
     Ok(CpuTime { user: seconds(14)?, system: seconds(15)? })
-}
-
-/// When `pid` was started, in the kernel's ticks since boot; `None` if there is no such process.
-/// Together with the number it names a process for good. One that has ended and was not waited
-/// for yet counts as gone.
-pub fn start_time(pid: u32) -> Option<u64> {
-    let fields = stat_fields(pid).ok()?;
-    if matches!(fields.first()?.as_str(), "Z" | "X") {
-        return None;
-    }
-    fields.get(22 - 3)?.parse().ok()
 }
 
 /// Traces of an attached mover in a process. Empty is what a test wants to see.
@@ -124,16 +115,6 @@ pub fn with_environment(name: &str, value: &str) -> Vec<u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(has).collect()
 }
 
-/// The fields of `/proc/PID/stat` from the third on: the second may hold spaces and brackets.
-fn stat_fields(pid: u32) -> Result<Vec<String>, LabError> {
-    let path = Path::new("/proc").join(pid.to_string()).join("stat");
-    let text = fs::read_to_string(&path).map_err(io("read", &path))?;
-    let (_, rest) = text
-        .rsplit_once(") ")
-        .ok_or_else(|| LabError::Unexpected { what: "/proc/PID/stat", found: text.clone() })?;
-    Ok(rest.split_ascii_whitespace().map(str::to_owned).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,7 +158,7 @@ mod tests {
         }
         let after = cpu_time(std::process::id()).expect("our own /proc").total();
         assert!(after > before, "{before:?} {after:?}");
-        assert!(start_time(std::process::id()).is_some());
-        assert_eq!(start_time(u32::MAX), None);
+        assert!(host::start_time(std::process::id()).is_some());
+        assert_eq!(host::start_time(u32::MAX), None);
     }
 }

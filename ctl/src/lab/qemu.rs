@@ -14,9 +14,9 @@ use super::command::tail;
 use super::console::Console;
 use super::error::{LabError, call, io};
 use super::guest_params::GuestParams;
-use super::process::start_time;
 use super::qemu_binaries::QemuBinary;
 use super::workplace::{Undo, Workplace};
+use crate::host::start_time;
 
 /// QEMU makes its sockets before it does anything slow.
 const SOCKETS_TIMEOUT: Duration = Duration::from_secs(20);

@@ -21,8 +21,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::error::{LabError, io};
-use super::process::start_time;
 use super::{command, hugepages};
+use crate::host::start_time;
 
 const PREFIX: &str = "pageferry-lab-";
 const OWNER: &str = "owner";

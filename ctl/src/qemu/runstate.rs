@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::json;
 
 use super::Execute;
-use crate::limits::{QEMU_POLL, QEMU_SETTLE_TIMEOUT};
+use crate::limits::{FOREVER, QEMU_POLL, QEMU_SETTLE_TIMEOUT, QMP_COMMAND_TIMEOUT};
 use crate::qmp::{Qmp, QmpError};
 
 /// QEMU's run state.
@@ -74,9 +74,20 @@ pub fn stop(qmp: &Qmp) -> Result<Changed, QmpError> {
 /// answer, which was seen to come 20 ms later. QEMU refuses while a migration is being wound up:
 /// see [`settle_and_cont`].
 pub fn cont(qmp: &Qmp) -> Result<Changed, QmpError> {
+    cont_by(qmp, Instant::now() + QMP_COMMAND_TIMEOUT)
+}
+
+/// As [`cont`], but waits as long as QEMU lives: when it fails the guest did not run, and won't.
+/// QEMU writes the event to the socket before it starts the CPUs, so one that ends without it
+/// never did. A `cont` that was given up could still be carried out later.
+pub fn cont_for_certain(qmp: &Qmp) -> Result<Changed, QmpError> {
+    cont_by(qmp, Instant::now() + FOREVER)
+}
+
+fn cont_by(qmp: &Qmp, deadline: Instant) -> Result<Changed, QmpError> {
     let began = Instant::now();
     // Sent when nothing is left that could keep the CPUs from starting.
-    let event = qmp.execute_until_event("cont", json!({}), "RESUME")?;
+    let event = qmp.execute_until_event("cont", json!({}), "RESUME", deadline)?;
     Ok(Changed { at: event.map(|event| event.at), took: began.elapsed(), began })
 }
 

@@ -112,13 +112,13 @@ impl TargetMonitor for QemuTarget {
     }
 
     fn resume(&mut self) -> Result<Duration, Failure> {
-        match runstate::cont(&self.qmp) {
+        match runstate::cont_for_certain(&self.qmp) {
             Ok(changed) => {
                 self.announce();
                 Ok(changed.effective())
             }
             Err(error) => {
-                // Whatever went wrong, it must not run after we say that it does not.
+                // A monitor that talks nonsense may still do as it is told.
                 let _may_be_gone = runstate::stop(&self.qmp);
                 Err(failure::host("starting the guest at the target", &error, None))
             }

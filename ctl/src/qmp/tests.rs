@@ -41,6 +41,10 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_millis(100)
 }
 
+fn later() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
 #[test]
 fn events_of_newer_qemus_are_queued_beside_a_reply() {
     let (_dir, path, thread) = monitor(|lines, stream| {
@@ -186,10 +190,10 @@ fn event_ends_the_wait_before_the_answer_and_the_answer_is_not_mistaken() {
         writeln!(stream, "{}", json!({"error": error, "id": again["id"]})).expect("answer");
     });
     let qmp = Qmp::connect(&path).expect("connect");
-    let event = qmp.execute_until_event("cont", json!({}), "RESUME").expect("event");
+    let event = qmp.execute_until_event("cont", json!({}), "RESUME", later()).expect("event");
     assert_eq!(event.expect("it came").at, Duration::from_secs(1));
     assert_eq!(qmp.execute("query-status", json!({})).expect("execute"), "status");
-    let error = qmp.execute_until_event("cont", json!({}), "RESUME").expect_err("refused");
+    let error = qmp.execute_until_event("cont", json!({}), "RESUME", later()).expect_err("refused");
     assert!(matches!(error, QmpError::Refused { .. }), "{error:?}");
     thread.join().expect("monitor");
 }

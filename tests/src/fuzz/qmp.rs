@@ -32,7 +32,7 @@ pub(super) fn run(bytes: &[u8]) {
         let _any_answer = match (order + step) % 5 {
             0 => qmp.execute_by("query-status", json!({}), now).map(drop),
             1 => qmp.wait_event("STOP", now).map(drop),
-            2 => qmp.execute_until_event("stop", json!({}), "STOP").map(drop),
+            2 => qmp.execute_until_event("stop", json!({}), "STOP", now).map(drop),
             3 => qmp.post("cont", json!({ "x": 1 })).and_then(|it| qmp.answer(it, now)).map(drop),
             _ => qmp.drain_events().map(drop),
         };
