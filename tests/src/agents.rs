@@ -303,6 +303,6 @@ fn address(host: Option<&Host>) -> String {
 }
 
 /// Whether guests are under KVM, which is emulated where these tests run: `tests/rdma-vm/kvm`.
-fn is_kvm() -> bool {
+pub fn is_kvm() -> bool {
     std::env::var("PAGEFERRY_LAB_KVM").is_ok_and(|value| value == "1")
 }

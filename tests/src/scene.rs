@@ -10,7 +10,7 @@ use pageferry_ctl::lab::{
     Workplace, is_root, left_behind, one_at_a_time, skip,
 };
 
-use crate::agents::{Agent, Ended, MIGRATION_MAX, Manner};
+use crate::agents::{Agent, Ended, MIGRATION_MAX, Manner, is_kvm};
 
 /// A guest boots in seconds here; but not where the machine is emulated, or does other work.
 pub const BOOT_MAX: Duration = Duration::from_secs(300);
@@ -33,13 +33,15 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// A spec of a small guest that writes hard.
+    /// A spec of a small guest that writes hard; a smaller one, that writes less, under KVM, which is
+    /// emulated.
     pub fn spec() -> Result<QemuSpec, LabError> {
         let mut spec = QemuSpec::new(GuestAssets::prepare()?)?;
-        spec.memory_mib = 256;
-        spec.params.fill_mib = 64;
-        spec.params.hot_mib = 16;
-        spec.params.pages_per_second = 5000;
+        let (memory_mib, fill_mib, hot_mib, pages_per_second) =
+            if is_kvm() { (192, 16, 8, 200) } else { (256, 64, 16, 5000) };
+        spec.memory_mib = memory_mib;
+        (spec.params.fill_mib, spec.params.hot_mib) = (fill_mib, hot_mib);
+        spec.params.pages_per_second = pages_per_second;
         Ok(spec.with_network(TAP, GUEST_ADDRESS, GUEST_PREFIX))
     }
 

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 use pageferry_ctl::lab::{Disk, SlowDisk, Workplace, disk_image, is_root, one_at_a_time, skip};
+use pageferry_tests::agents::is_kvm;
 use pageferry_tests::scene::{SOON, Scene};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -38,6 +39,9 @@ fn move_on_a_slow_disk(
     let now = scene.guest.console().wait_tick(SOON)?;
     scene.guest.console().wait_tick_where("ticks", SOON, |tick| tick.n > now.n + 5)?;
     let mut args = vec!["--downtime-ms", "400"];
+    if is_kvm() {
+        args = vec!["--downtime-ms", "2000", "--rounds-max", "12", "--not-converging=switch-over"];
+    }
     args.extend(more);
     let (source, target) = scene.migrate(&args)?;
     assert_eq!((source.code, target.code), (0, 0), "{} {}", source.stderr, target.stderr);

@@ -18,8 +18,8 @@ use super::qemu_binaries::QemuBinary;
 use super::workplace::{Undo, Workplace};
 use crate::host::start_time;
 
-/// QEMU makes its sockets before it does anything slow.
-const SOCKETS_TIMEOUT: Duration = Duration::from_secs(20);
+/// QEMU makes its sockets before it does anything slow; on a busy emulated machine that took 20 s.
+const SOCKETS_TIMEOUT: Duration = Duration::from_secs(60);
 /// The guest's network card, the same wherever it runs.
 const MAC: &str = "52:54:00:70:66:01";
 

@@ -154,9 +154,6 @@ impl Refusal {
             Self::NotNamedFile { .. } => {
                 format!("{NAMED_FILE} (a file on tmpfs is as fast as a memfd)").into()
             }
-            Self::OutsideWriter { what } if what.contains("vhost-net") => {
-                "start QEMU with vhost=off in -netdev tap".into()
-            }
             Self::OutsideWriter { .. } => {
                 "unplug the device (device_del), or use one that QEMU emulates itself".into()
             }
