@@ -9,7 +9,7 @@
 //!             | 255 x entry (16 bytes), unused ones zero
 //! entry    := region u16 | kind u16 | len u32 | offset u64      (batch)
 //!             round u32, rest zero                              (barrier, first entry)
-//! payload  := the bytes of the first data entry, of the second, ... (zero entries have none),
+//! payload  := the bytes of the first data entry, of the second, ... (zeros and holes have none),
 //!             then the chunks in the order of their entries
 //! chunk    := 0 u16 | coding u16 | packed length u32 | raw length u64            (an entry)
 //! ```
@@ -17,6 +17,9 @@
 //! Where a codec was agreed on, a batch's extents may travel packed: their bytes, one after the
 //! other, are cut into chunks, and entries behind the extents' say how each is written down
 //! (see [`codec`](crate::codec)). A peer that did not agree to it refuses such a batch.
+//!
+//! Where holes were agreed on, an entry may say that whole pages of its region are a hole: the target
+//! frees them. Such an entry may be longer than a batch, and is no part of the batch's bytes.
 //!
 //! Headers have one fixed size so that the target can take a batch's payload and the next header
 //! with a single system call. They are large so that a round of scattered 4 KiB pages still moves
@@ -38,7 +41,8 @@ use crate::codec::{Chunk, CodecName, Coding};
 use crate::extent::Extent;
 use crate::ids::{LaneId, RegionIndex, RoundIndex};
 use crate::limits::{
-    BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, CHUNK_BYTES_MAX, CHUNKS_MAX, PAGE_BYTES_MIN,
+    BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, CHUNK_BYTES_MAX, CHUNKS_MAX, HOLE_RUN_BYTES_MAX,
+    PAGE_BYTES_MIN,
 };
 use crate::zero::Sorted;
 
@@ -62,6 +66,8 @@ const EXTENT_DATA: u16 = 0;
 const EXTENT_ZERO: u16 = 1;
 /// An extent whose bytes are in the chunks.
 const EXTENT_PACKED: u16 = 2;
+/// An extent of whole pages that is to be a hole; nothing follows.
+const EXTENT_HOLE: u16 = 3;
 /// A chunk, by its coding.
 const CHUNK_STORED: u16 = 16;
 const CHUNK_LZ4: u16 = 17;
@@ -184,25 +190,30 @@ impl LaneWriter {
     /// If both together break the limits of [`RoundWork::next_batch`](crate::work::RoundWork): the
     /// caller's bug, and the target would refuse the lane.
     pub fn batch(&mut self, data: &[Extent], zero: &[Extent], header: &mut HeaderBytes) {
-        self.entries([data, zero, &[]], &[], header);
+        self.entries([data, zero, &[], &[]], &[], header);
     }
 
-    /// The same for a batch with packed extents; the peer must have agreed to the chunks' codings.
+    /// The same for a batch with packed extents or holes; the peer must have agreed to the chunks'
+    /// codings, and to holes.
     ///
     /// # Panics
     /// As [`Self::batch`], and if the chunks are not those of the packed extents.
     pub fn sorted(&mut self, batch: &Sorted, header: &mut HeaderBytes) {
         let raw_bytes: u64 = batch.chunks.iter().map(|chunk| chunk.raw_bytes).sum();
         assert_eq!(raw_bytes, batch.packed.iter().map(|extent| extent.len).sum::<u64>());
-        self.entries([&batch.data, &batch.zero, &batch.packed], &batch.chunks, header);
+        let extents: [&[Extent]; 4] = [&batch.data, &batch.zero, &batch.packed, &batch.hole];
+        self.entries(extents, &batch.chunks, header);
     }
 
-    fn entries(&mut self, extents: [&[Extent]; 3], chunks: &[Chunk], header: &mut HeaderBytes) {
+    fn entries(&mut self, extents: [&[Extent]; 4], chunks: &[Chunk], header: &mut HeaderBytes) {
         let count = extents.iter().map(|kind| kind.len()).sum::<usize>() + chunks.len();
         assert!((1..=BATCH_EXTENTS_MAX).contains(&count));
-        assert!(extents.into_iter().flatten().map(|e| e.len).sum::<u64>() <= BATCH_BYTES_MAX);
+        let moved = extents[..3].iter().copied().flatten();
+        assert!(moved.map(|e| e.len).sum::<u64>() <= BATCH_BYTES_MAX);
+        assert!(extents[3].iter().all(|hole| hole.len <= HOLE_RUN_BYTES_MAX));
         header[ENTRIES_AT..].fill(0);
-        let extents = extents.into_iter().zip([EXTENT_DATA, EXTENT_ZERO, EXTENT_PACKED]);
+        let kinds = [EXTENT_DATA, EXTENT_ZERO, EXTENT_PACKED, EXTENT_HOLE];
+        let extents = extents.into_iter().zip(kinds);
         let extents = extents.flat_map(|(extents, kind)| {
             extents.iter().map(move |e| (e.region.0, kind, e.len as u32, e.offset))
         });
@@ -258,12 +269,25 @@ pub struct LaneReader {
     seq: u32,
     region_bytes: Box<[u64]>,
     codecs: Box<[CodecName]>,
+    /// Of each region, the page size that holes are made of; none where holes were not agreed on.
+    hole_pages: Box<[u64]>,
 }
 
 impl LaneReader {
     /// A reader at the lane's first frame, for regions of these sizes (by index).
     pub fn new(region_bytes: impl Into<Box<[u64]>>) -> Self {
-        Self { seq: 0, region_bytes: region_bytes.into(), codecs: Box::default() }
+        Self {
+            seq: 0,
+            region_bytes: region_bytes.into(),
+            codecs: Box::default(),
+            hole_pages: Box::default(),
+        }
+    }
+
+    /// Takes holes too, of whole pages of these sizes (by region).
+    pub fn punching(mut self, page_bytes: impl Into<Box<[u64]>>) -> Self {
+        self.hole_pages = page_bytes.into();
+        self
     }
 
     /// Takes packed extents too, in chunks of these codecs.
@@ -324,18 +348,28 @@ impl LaneReader {
                 unpacked += chunk.raw_bytes;
                 continue;
             }
-            if kind > EXTENT_PACKED {
+            if kind > EXTENT_HOLE || (kind == EXTENT_HOLE && self.hole_pages.is_empty()) {
                 return Err(FramingError::ExtentKind { kind });
             }
             let region_bytes = self.region_bytes.get(usize::from(region)).copied().unwrap_or(0);
-            let whole_pages = offset % PAGE_BYTES_MIN == 0 && u64::from(len) % PAGE_BYTES_MIN == 0;
+            let page_bytes = match kind {
+                EXTENT_HOLE => self.hole_pages.get(usize::from(region)).copied(),
+                _ => None,
+            };
+            let page_bytes = page_bytes.unwrap_or(PAGE_BYTES_MIN);
+            let whole_pages = offset % page_bytes == 0 && u64::from(len) % page_bytes == 0;
             let inside = offset.checked_add(len.into()).is_some_and(|end| end <= region_bytes);
-            if len == 0 || !whole_pages || !inside {
+            let too_long = kind == EXTENT_HOLE && u64::from(len) > HOLE_RUN_BYTES_MAX;
+            if len == 0 || !whole_pages || !inside || too_long {
                 return Err(FramingError::Extent { region, offset, len });
+            }
+            let extent = Extent { region: RegionIndex(region), offset, len: len.into() };
+            if kind == EXTENT_HOLE {
+                extents.hole.push(extent);
+                continue;
             }
             // Cannot overflow: at most 255 lengths of 32 bits.
             bytes += u64::from(len);
-            let extent = Extent { region: RegionIndex(region), offset, len: len.into() };
             match kind {
                 EXTENT_DATA => {
                     payload_bytes += extent.len;

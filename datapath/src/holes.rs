@@ -7,13 +7,16 @@
 //!
 //! The answer is of its moment: what the guest populates later is the tracker's to report.
 
+mod look;
 mod within;
 
+pub use look::{HoleLook, Run};
 pub use within::data_within;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
@@ -140,43 +143,81 @@ fn seek_data(region: &Region, range: Range<u64>, data: &mut Merged<'_>) -> Resul
 }
 
 fn hugetlb_data(region: &Region, data: &mut Merged<'_>) -> Result<(), HolesError> {
-    let file = region.file().try_clone_to_owned().map(File::from);
-    let file = file.map_err(|error| host("dup", error))?;
-    let (len, page_bytes) = (region.len(), region.page_bytes());
-    let view = Region::map_unreserved(region.index(), file, len, page_bytes)
-        .map_err(|source| HolesError::Map { source })?;
-    let base = view.base().addr() as u64;
-    let uffd = Uffd::own().map_err(|error| host("userfaultfd", error))?;
-    match uffd.api(UffdFeatures::MINOR_HUGETLBFS) {
-        Ok(_) => {}
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            return Err(HolesError::NoMinorFaults);
-        }
-        Err(error) => return Err(host("UFFDIO_API", error)),
-    }
-    let operations = uffd
-        .register(base..base + len, RegisterMode::MINOR)
-        .map_err(|error| host("UFFDIO_REGISTER", error))?;
-    if operations & OP_CONTINUE == 0 {
-        return Err(HolesError::NoMinorFaults);
-    }
-    let (mut at, mut retries) = (0, 0);
+    let view = View::of(region)?;
+    let (len, mut at) = (region.len(), 0);
     while at < len {
-        let (mapped, result) = uffd.continue_range(base + at..base + len);
+        let (mapped, result) = view.map(at..len);
         if mapped > 0 {
             data.add(at, at + mapped);
             at += mapped;
-            retries = 0;
             continue;
         }
         match result.map_err(|error| (error.raw_os_error(), error)) {
-            Err((Some(libc::EFAULT), _)) => at += page_bytes,
-            Err((Some(libc::EAGAIN), _)) if retries < limits::PROTECT_RETRIES_MAX => retries += 1,
+            Err((Some(libc::EFAULT), _)) => at += view.page_bytes(),
             Err((_, error)) => return Err(host("UFFDIO_CONTINUE", error)),
             Ok(()) => return Err(host("UFFDIO_CONTINUE", io::ErrorKind::UnexpectedEof.into())),
         }
     }
     Ok(())
+}
+
+/// A second mapping of a region on hugetlbfs, into which pages come only by [`View::map`].
+#[derive(Debug)]
+struct View {
+    // Unregistered before it is unmapped.
+    uffd: Uffd,
+    region: Arc<Region>,
+}
+
+impl View {
+    fn of(region: &Region) -> Result<Self, HolesError> {
+        let file = region.file().try_clone_to_owned().map(File::from);
+        let file = file.map_err(|error| host("dup", error))?;
+        let (len, page_bytes) = (region.len(), region.page_bytes());
+        let region = Region::map_unreserved(region.index(), file, len, page_bytes)
+            .map_err(|source| HolesError::Map { source })?;
+        let base = region.base().addr() as u64;
+        let uffd = Uffd::own().map_err(|error| host("userfaultfd", error))?;
+        match uffd.api(UffdFeatures::MINOR_HUGETLBFS) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(HolesError::NoMinorFaults);
+            }
+            Err(error) => return Err(host("UFFDIO_API", error)),
+        }
+        let operations = uffd
+            .register(base..base + len, RegisterMode::MINOR)
+            .map_err(|error| host("UFFDIO_REGISTER", error))?;
+        if operations & OP_CONTINUE == 0 {
+            return Err(HolesError::NoMinorFaults);
+        }
+        Ok(Self { uffd, region })
+    }
+
+    fn page_bytes(&self) -> u64 {
+        self.region.page_bytes()
+    }
+
+    /// Maps what is there of `offsets`, up to the first page that is not (`EFAULT`) or that is mapped
+    /// already (`EEXIST`): the bytes mapped, and why no more.
+    fn map(&self, offsets: Range<u64>) -> (u64, io::Result<()>) {
+        let base = self.region.base().addr() as u64;
+        let mut retries = 0;
+        loop {
+            let (mapped, result) =
+                self.uffd.continue_range(base + offsets.start..base + offsets.end);
+            match &result {
+                Err(error)
+                    if mapped == 0
+                        && error.raw_os_error() == Some(libc::EAGAIN)
+                        && retries < limits::PROTECT_RETRIES_MAX =>
+                {
+                    retries += 1;
+                }
+                _ => return (mapped, result),
+            }
+        }
+    }
 }
 
 fn host(call: &'static str, source: io::Error) -> HolesError {

@@ -124,7 +124,9 @@ pub struct LaneStats {
     pub moved_bytes: u64,
     /// Bytes of guest memory that were zero, and did not travel.
     pub zero_bytes: u64,
-    /// The same as it travelled: with headers, compressed where it was.
+    /// Of them, those that became holes at the target.
+    pub hole_bytes: u64,
+    /// What moved as it travelled: with headers, compressed where it was.
     pub wire_bytes: u64,
     /// How it was encrypted, if it was.
     pub sealing: Option<Sealing>,

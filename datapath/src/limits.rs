@@ -16,6 +16,10 @@ pub const BATCH_EXTENTS_MAX: usize = 255;
 /// cost system calls (measured on loopback: 1 MiB is the plateau).
 pub const BATCH_BYTES_MAX: u64 = 1 << 20;
 
+/// The longest run that travels as one hole: the largest huge page there is, and within what an entry
+/// can say.
+pub const HOLE_RUN_BYTES_MAX: u64 = 1 << 30;
+
 /// Bytes of guest memory in one compressed chunk: twice the window of LZ4, so that little is lost at
 /// its edges, and small enough that both buffers stay in the second-level cache.
 pub const CHUNK_BYTES_MAX: u64 = 128 << 10;

@@ -8,8 +8,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::extent::Extent;
+use crate::holes::{HoleLook, HolesError, Run};
 use crate::ids::RoundIndex;
 use crate::limits;
+use crate::zero::Sorted;
 
 /// What is left to hand out of one round.
 #[derive(Debug)]
@@ -64,9 +66,7 @@ impl RoundWork {
     /// held to a rate sends less at a time.
     pub fn next_batch_within(&self, batch: &mut Vec<Extent>, extents: usize, bytes: u64) {
         batch.clear();
-        let most = bytes.clamp(limits::PAGE_BYTES_MIN, limits::BATCH_BYTES_MAX)
-            / limits::PAGE_BYTES_MIN
-            * limits::PAGE_BYTES_MIN;
+        let most = whole_pages(bytes);
         let mut room = most;
         let mut left = self.left.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         while room > 0 && batch.len() < extents.min(limits::BATCH_EXTENTS_MAX) {
@@ -83,6 +83,51 @@ impl RoundWork {
         self.taken_bytes.fetch_add(most - room, Ordering::Relaxed);
     }
 
+    /// The same, but holes are kept apart, so that nobody reads them: those that the target shall
+    /// make holes too go to `sorted.hole` (if it `punches`), in whole pages and however long they
+    /// are; others, and what is left of a huge page that became a hole half-way, to `sorted.zero`.
+    ///
+    /// Looked at under the lock: whoever takes the first part of a huge page takes all of it if it
+    /// is a hole, so that one lane punches it and no other places bytes of it in the same round.
+    ///
+    /// # Errors
+    /// If the kernel does not tell what is there.
+    pub fn next_batch_around(
+        &self,
+        batch: &mut Vec<Extent>,
+        sorted: &mut Sorted,
+        (extents, bytes): (usize, u64),
+        (look, punches): (&HoleLook, bool),
+    ) -> Result<(), HolesError> {
+        batch.clear();
+        let mut room = whole_pages(bytes);
+        let before = sorted.zero.len() + sorted.hole.len();
+        let mut left = self.left.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        loop {
+            let taken = batch.len() + sorted.zero.len() + sorted.hole.len() - before;
+            if room == 0 || taken >= extents.min(limits::BATCH_EXTENTS_MAX) {
+                return Ok(());
+            }
+            let Some(front) = left.front_mut() else { return Ok(()) };
+            let len = front.len.min(limits::HOLE_RUN_BYTES_MAX);
+            let run = look.first_run(Extent { len, ..*front }, room);
+            // A hole that is punched is no part of the batch's bytes.
+            let (into, len, takes_room) = match run? {
+                Run::Hole { bytes, whole: true } if punches => (&mut sorted.hole, bytes, false),
+                Run::Hole { bytes, .. } => (&mut sorted.zero, bytes.min(room), true),
+                Run::Data { bytes } => (&mut *batch, bytes.min(room), true),
+            };
+            into.push(Extent { len, ..*front });
+            room -= if takes_room { len } else { 0 };
+            front.offset += len;
+            front.len -= len;
+            self.taken_bytes.fetch_add(len, Ordering::Relaxed);
+            if front.len == 0 {
+                left.pop_front();
+            }
+        }
+    }
+
     /// Puts back what a failed lane had taken and never got acknowledged. Only after that lane was
     /// fenced at the target: otherwise its late bytes could overwrite newer ones.
     pub fn requeue(&self, extents: impl IntoIterator<Item = Extent>) {
@@ -92,6 +137,11 @@ impl RoundWork {
             left.push_back(extent);
         }
     }
+}
+
+fn whole_pages(bytes: u64) -> u64 {
+    let bytes = bytes.clamp(limits::PAGE_BYTES_MIN, limits::BATCH_BYTES_MAX);
+    bytes / limits::PAGE_BYTES_MIN * limits::PAGE_BYTES_MIN
 }
 
 #[cfg(test)]

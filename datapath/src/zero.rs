@@ -8,6 +8,7 @@
 //! are found whole, shorter ones now and then, and after one was found the next batch is looked at
 //! page by page.
 
+use std::io::ErrorKind;
 use std::ops::Range;
 
 use crate::codec::Chunk;
@@ -25,6 +26,8 @@ pub struct Sorted {
     pub data: Vec<Extent>,
     /// Extents that are zero throughout.
     pub zero: Vec<Extent>,
+    /// Extents, of whole pages of their region, that are holes and shall be holes at the target.
+    pub hole: Vec<Extent>,
     /// Extents whose bytes travel in `chunks`.
     pub packed: Vec<Extent>,
     /// What the packed extents became.
@@ -39,6 +42,7 @@ impl Sorted {
         Self {
             data: Vec::with_capacity(BATCH_EXTENTS_MAX),
             zero: Vec::with_capacity(BATCH_EXTENTS_MAX),
+            hole: Vec::new(),
             packed: Vec::new(),
             chunks: Vec::new(),
             dense: false,
@@ -49,6 +53,7 @@ impl Sorted {
     pub fn clear(&mut self) {
         self.data.clear();
         self.zero.clear();
+        self.hole.clear();
         self.packed.clear();
         self.chunks.clear();
     }
@@ -81,18 +86,23 @@ impl Sorted {
 
     /// Entries that its extents take in a header.
     pub fn entries(&self) -> usize {
-        self.data.len() + self.zero.len() + self.packed.len()
+        self.data.len() + self.zero.len() + self.hole.len() + self.packed.len()
     }
 
-    /// Bytes of guest memory that its extents are.
+    /// Bytes of guest memory that its extents are, holes not counted.
     pub fn bytes(&self) -> u64 {
         let extents = self.data.iter().chain(&self.zero).chain(&self.packed);
         extents.map(|extent| extent.len).sum()
     }
 
-    /// Bytes of the zero extents.
+    /// Bytes of the zero extents, holes among them.
     pub fn zero_bytes(&self) -> u64 {
-        self.zero.iter().map(|extent| extent.len).sum()
+        self.zero.iter().map(|extent| extent.len).sum::<u64>() + self.hole_bytes()
+    }
+
+    /// Bytes of the holes.
+    pub fn hole_bytes(&self) -> u64 {
+        self.hole.iter().map(|extent| extent.len).sum()
     }
 
     /// Cuts one extent at each change between zero and data. Each cut takes one of `spare`, and a
@@ -161,6 +171,20 @@ pub fn clear(memory: &GuestMemory, extent: Extent) -> Result<(), RegionError> {
         }
     }
     Ok(())
+}
+
+/// Makes an extent of whole pages a hole. The guest does not run here yet, and no device has the
+/// memory registered: a NIC would go on writing to the pages that were freed. Where the file system
+/// knows no holes it is cleared.
+pub fn punch(memory: &GuestMemory, extent: Extent) -> Result<(), RegionError> {
+    let lease = memory.lease(extent)?;
+    match lease.region().punch(extent.offset, extent.len) {
+        Err(RegionError::Host { source, .. }) if source.kind() == ErrorKind::Unsupported => {
+            drop(lease);
+            clear(memory, extent)
+        }
+        punched => punched,
+    }
 }
 
 #[cfg(test)]

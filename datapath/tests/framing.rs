@@ -275,6 +275,31 @@ fn packed_extents_come_with_their_chunks() {
 }
 
 #[test]
+fn holes_are_whole_pages_and_taken_where_they_were_agreed_on() {
+    let hole = extent(0, 8192, 1 << 20);
+    let mut batch = Sorted::new();
+    batch.hole.push(hole);
+    batch.data.push(extent(1, 0, 4096));
+    let mut header = [0; HEADER_BYTES];
+    LaneWriter::new().sorted(&batch, &mut header);
+    assert_eq!(
+        hex(&header[16..48]),
+        "01000000001000000000000000000000\
+         00000300000010000020000000000000"
+    );
+    assert_eq!(read(&header), Err(FramingError::ExtentKind { kind: 3 }));
+    let with_pages = |page_bytes| {
+        let mut got = Sorted::new();
+        let mut reader = LaneReader::new(REGIONS).punching([page_bytes; REGIONS.len()]);
+        reader.frame(&header, &mut got).map(|frame| (frame, got))
+    };
+    let (frame, got) = with_pages(4096).unwrap();
+    assert_eq!(frame, Frame::Batch { payload_bytes: 4096 });
+    assert_eq!((&got.hole[..], &got.data[..]), (&[hole][..], &[extent(1, 0, 4096)][..]));
+    assert!(matches!(with_pages(2 << 20), Err(FramingError::Extent { region: 0, .. })));
+}
+
+#[test]
 fn chunks_are_refused_where_no_codec_was_agreed_on() {
     let extents = [extent(0, 0, 8192)];
     let header = packed(&extents, &[chunk(Coding::Zstd, 100, 8192)]);

@@ -42,6 +42,8 @@ impl Tally {
             cpu,
             moved_bytes: self.moved_bytes,
             zero_bytes: self.zero_bytes,
+            // Memory that is registered is not punched.
+            hole_bytes: 0,
             wire_bytes: self.wire_bytes,
             sealing: None,
             packing: Packing { reason: "RDMA writes memory as it is".into(), ..Packing::default() },

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use pageferry_datapath::codec::{Codec, CodecName};
 use pageferry_datapath::framing::hello::Ticket;
+use pageferry_datapath::holes::HoleLook;
 use pageferry_datapath::ids::{LaneId, SessionId};
 use pageferry_datapath::pace::Pacer;
 use rustls::ClientConfig;
@@ -120,6 +121,15 @@ pub struct LaneTls {
     pub name: ServerName<'static>,
 }
 
+/// What becomes of memory that is a hole by the time it would be read.
+#[derive(Clone, Debug)]
+pub struct HolePlan {
+    /// Tells.
+    pub look: Arc<HoleLook>,
+    /// The target takes holes; one that does not gets zeros.
+    pub punches: bool,
+}
+
 /// How a source opens its lanes.
 #[derive(Clone, Debug)]
 pub struct ConnectPlan {
@@ -135,6 +145,8 @@ pub struct ConnectPlan {
     pub path: PathWish,
     /// Whether to compress; only with codecs that the target takes.
     pub packing: PackingWish,
+    /// Where guests give memory back while they move: who looks for it.
+    pub holes: Option<HolePlan>,
     /// Whether to narrow huge pages.
     pub narrowing: NarrowingWish,
     /// What all lanes of the migration are held to.
@@ -160,6 +172,7 @@ impl ConnectPlan {
             zero_copy: ZeroCopyWish::Try,
             path: PathWish::Auto,
             packing: PackingWish::Not("not asked for".into()),
+            holes: None,
             narrowing: NarrowingWish::default(),
             pacer: Arc::default(),
             tuning: SocketTuning::default(),
@@ -179,6 +192,8 @@ pub struct TargetLaneConfig {
     pub path: PathWish,
     /// Codecs that were agreed on.
     pub codecs: Vec<CodecName>,
+    /// Holes were agreed on: no memory is registered with a device.
+    pub holes: bool,
     /// How the socket is tuned.
     pub tuning: SocketTuning,
     /// A batch without progress for this long has failed. Between rounds a lane may be silent.
@@ -191,6 +206,7 @@ impl Default for TargetLaneConfig {
             cpu: None,
             path: PathWish::Auto,
             codecs: Vec::new(),
+            holes: false,
             tuning: SocketTuning::default(),
             progress_wait: limits::PROGRESS_WAIT_MAX,
         }

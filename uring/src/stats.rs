@@ -13,6 +13,7 @@ use crate::sys;
 pub(crate) struct Tally {
     pub(crate) moved_bytes: u64,
     pub(crate) zero_bytes: u64,
+    pub(crate) hole_bytes: u64,
     pub(crate) wire_bytes: u64,
     pub(crate) packing: Packing,
     pub(crate) narrowing: Narrowing,
@@ -25,6 +26,7 @@ impl Tally {
         Self {
             moved_bytes: 0,
             zero_bytes: 0,
+            hole_bytes: 0,
             wire_bytes: 0,
             packing: Packing::default(),
             narrowing: Narrowing::default(),
@@ -49,6 +51,7 @@ impl Tally {
             cpu,
             moved_bytes: self.moved_bytes,
             zero_bytes: self.zero_bytes,
+            hole_bytes: self.hole_bytes,
             wire_bytes: self.wire_bytes,
             sealing: None,
             packing: self.packing,

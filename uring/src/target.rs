@@ -75,9 +75,13 @@ impl TargetLane {
         let placed = Arc::new(Mutex::new(Placed::new(&memory)));
         let noted = Arc::clone(&placed);
         let codecs = config.codecs.clone();
+        let hole_pages: Vec<u64> = match config.holes {
+            true => memory.regions().iter().map(|region| region.page_bytes()).collect(),
+            false => Vec::new(),
+        };
         let worker = Worker::start(start, &line, move |wire, cpu| {
             let mut receiver = Receiver::new(lane, theirs, memory, noted, events, wire);
-            receiver.reader = receiver.reader.unpacking(codecs);
+            receiver.reader = receiver.reader.unpacking(codecs).punching(hole_pages);
             receiver.serve();
             receiver.finish(cpu)
         })?;
@@ -227,12 +231,15 @@ impl Receiver {
         }
     }
 
-    /// Clears what is zero, and leases what the payload goes into.
+    /// Clears what is zero, frees what is a hole, and leases what the payload goes into.
     fn place(&mut self, parcel: &mut Parcel) -> Result<(), LaneError> {
         // The reader has checked all of it against the same regions.
         let outside = |source| LaneError::OutsideMemory { lane: self.lane, source };
         for &extent in &self.extents.zero {
             zero::clear(&self.memory, extent).map_err(outside)?;
+        }
+        for &extent in &self.extents.hole {
+            zero::punch(&self.memory, extent).map_err(outside)?;
         }
         for &extent in &self.extents.data {
             parcel.push(self.memory.lease(extent).map_err(outside)?);
@@ -243,13 +250,15 @@ impl Receiver {
             parcel.pack(packed_bytes as usize);
         }
         self.tally.zero_bytes += self.extents.zero_bytes();
+        self.tally.hole_bytes += self.extents.hole_bytes();
         Ok(())
     }
 
     fn note_placed(&mut self) -> Result<(), RegionError> {
         let mut placed = self.placed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let Sorted { data, zero, packed, .. } = &mut self.extents;
-        for extent in data.drain(..).chain(zero.drain(..)).chain(packed.drain(..)) {
+        let Sorted { data, zero, hole, packed, .. } = &mut self.extents;
+        let zeros = zero.drain(..).chain(hole.drain(..));
+        for extent in data.drain(..).chain(zeros).chain(packed.drain(..)) {
             placed.extent(extent)?;
         }
         Ok(())

@@ -3,14 +3,17 @@
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use pageferry_datapath::codec::Codec;
+use pageferry_datapath::digest::MemoryDigest;
+use pageferry_datapath::holes::HoleLook;
 use pageferry_datapath::ids::RoundIndex;
 use pageferry_datapath::lane::{LaneEvent, LaneStats, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
 use pageferry_datapath::zero;
-use pageferry_uring::plan::{ConnectPlan, NarrowingWish, PackingWish, PathWish};
+use pageferry_uring::plan::{ConnectPlan, HolePlan, NarrowingWish, PackingWish, PathWish};
 use support::{Session, extent, fill, fill_thirds, memory_of, next, same};
 
 const SIZES: [u64; 2] = [24 << 20, 4 << 20];
@@ -109,6 +112,67 @@ fn move_with(
     assert_eq!(sums(&target_stats), (moved, zero));
     assert!(at_source.try_recv().is_err(), "an event after the close");
     stats
+}
+
+/// What is punched between two rounds is a hole at the target, if it takes holes; and nothing that
+/// is a hole is populated on either side by being sent.
+fn move_holes(huge: bool, punches: bool) {
+    use std::os::unix::fs::MetadataExt;
+    let page_bytes = if huge { support::HUGE_PAGE_BYTES } else { 4096 };
+    let pages = 12;
+    let guests = (memory_of(&[pages * page_bytes], huge), memory_of(&[pages * page_bytes], huge));
+    let look = Arc::new(HoleLook::new(&guests.0, true).expect("the kernel tells"));
+    let session = Session::open(2, guests, (PathWish::Auto, PathWish::Auto), |plan| {
+        plan.holes = Some(HolePlan { look: Arc::clone(&look), punches });
+    });
+    let Session { from, to, mut pool, targets, at_source, at_target } = session;
+    let all = extent(0, 0, pages * page_bytes);
+    fill(support::region(&from, 0), all, 1);
+    let there = |memory: &GuestMemory| {
+        let file = memory.regions()[0].file().try_clone_to_owned().expect("dup");
+        std::fs::File::from(file).metadata().expect("fstat").blocks() * 512
+    };
+    // It does not read holes, which would populate them.
+    let digest =
+        |memory| MemoryDigest::of_memory(memory, 2, &AtomicBool::new(false)).expect("read");
+    let mut expected = pages;
+    for (round, punched) in [(0, 0..0), (1, 2..5), (2, 7..11)] {
+        expected -= punched.end - punched.start;
+        for page in punched {
+            support::region(&from, 0).punch(page * page_bytes, page_bytes).expect("punch");
+        }
+        pool.move_round(Arc::new(RoundWork::new(RoundIndex(round), [all])));
+        for events in [&at_source, &at_target] {
+            for _ in 0..2 {
+                let event = next(events);
+                assert!(matches!(event, LaneEvent::Placed { .. }), "{event:?}");
+            }
+        }
+        assert_eq!(there(&from), expected * page_bytes, "sending populated something");
+        let at_target = if punches { expected } else { pages };
+        assert_eq!(there(&to), at_target * page_bytes);
+        assert_eq!(digest(&from), digest(&to), "round {round}");
+    }
+    let told: u64 = look.take_told().iter().map(|hole| hole.len).sum();
+    assert_eq!(told, if punches { (3 + 7) * page_bytes } else { 0 });
+    let holes = pool.close(false).iter().map(|lane| lane.hole_bytes).sum::<u64>();
+    assert_eq!(holes, told);
+    let taken = targets.into_iter().map(|lane| lane.finish().hole_bytes).sum::<u64>();
+    assert_eq!(taken, told);
+}
+
+#[test]
+fn what_is_punched_on_the_way_becomes_a_hole_or_zeros() {
+    move_holes(false, true);
+    move_holes(false, false);
+}
+
+#[test]
+fn punched_huge_pages_become_holes_or_zeros() {
+    let name = "punched_huge_pages_become_holes_or_zeros";
+    let Some(_pages) = support::HugePages::reserve(name, 2 * 12 * 2) else { return };
+    move_holes(true, true);
+    move_holes(true, false);
 }
 
 #[test]

@@ -102,6 +102,7 @@ mod tests {
             codecs,
             nics: 0,
             rss: false,
+            holes: false,
         };
         let unknown = vec![CodecName::Unknown, CodecName::Zstd, CodecName::Zstd];
         assert_eq!(accepted_codecs(&offer(unknown)), [CodecName::Zstd]);

@@ -11,13 +11,14 @@ use crossbeam_channel::Sender;
 use ipnet::IpNet;
 use pageferry_datapath::codec::CodecName;
 use pageferry_datapath::control::{Choice, LaneOffer, Refused};
+use pageferry_datapath::holes::HoleLook;
 use pageferry_datapath::ids::{LaneId, SessionId};
 use pageferry_datapath::lane::{LaneError, LaneEvent, LanePath, SourceLanes};
 use pageferry_datapath::pace::Pacer;
 use pageferry_datapath::region::GuestMemory;
 use pageferry_uring::plan::{
-    ConnectPlan, LanePlan, LaneTls, NarrowingWish, PathWish, SocketTuning, TargetLaneConfig,
-    ZeroCopyWish,
+    ConnectPlan, HolePlan, LanePlan, LaneTls, NarrowingWish, PathWish, SocketTuning,
+    TargetLaneConfig, ZeroCopyWish,
 };
 use pageferry_uring::source::LanePool;
 
@@ -230,7 +231,7 @@ pub fn open(
     choice: &Choice,
     lanes: &LaneChoice,
     same_host: bool,
-    memory: &GuestMemory,
+    (memory, look): (&GuestMemory, Option<&Arc<HoleLook>>),
     events: Sender<LaneEvent>,
 ) -> Result<(Box<dyn SourceLanes>, Picked), LaneError> {
     let picked = queues::pick(&choice.queues, choice.lanes.len(), (address, rails), session);
@@ -256,6 +257,7 @@ pub fn open(
         },
         path: lanes.path,
         packing: lanes.compress.wish(&choice.codecs),
+        holes: look.map(|look| HolePlan { look: Arc::clone(look), punches: choice.holes }),
         narrowing: lanes.narrow.wish(),
         pacer: Arc::clone(&lanes.pacer),
         tuning: tuning(same_host),

@@ -278,7 +278,10 @@ pub struct Summary {
     pub moved_bytes: u64,
     /// Guest memory that was zero and did not travel.
     pub zero_bytes: u64,
-    /// The same with headers.
+    /// Of it, what the guest had given back, and what is a hole at the target too.
+    #[serde(default)]
+    pub hole_bytes: u64,
+    /// What moved, with headers.
     pub wire_bytes: u64,
     /// Whether the kernel sent from guest memory without copying.
     pub zero_copy: ZeroCopy,
@@ -413,7 +416,10 @@ pub struct LaneDetail {
     pub moved_bytes: u64,
     /// Guest memory that was zero and did not travel.
     pub zero_bytes: u64,
-    /// The same with headers.
+    /// Of it, what the guest had given back, and what is a hole at the target too.
+    #[serde(default)]
+    pub hole_bytes: u64,
+    /// What moved, with headers.
     pub wire_bytes: u64,
     /// System calls of its loop.
     pub syscalls: u64,

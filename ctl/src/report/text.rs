@@ -214,8 +214,12 @@ fn memory(summary: &Summary) -> String {
         0 => String::new(),
         bytes => format!(", {} zero", units::bytes(bytes)),
     };
+    let holes = match summary.hole_bytes {
+        0 => String::new(),
+        bytes => format!(" ({} given back)", units::bytes(bytes)),
+    };
     format!(
-        "{}, {} populated{zero}, {} moved, {} on the wire",
+        "{}, {} populated{zero}{holes}, {} moved, {} on the wire",
         units::bytes(summary.guest_bytes),
         units::bytes(summary.populated_bytes),
         units::bytes(summary.moved_bytes),

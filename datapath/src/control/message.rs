@@ -165,6 +165,9 @@ pub struct LaneOffer {
     /// The source puts each on a receive queue of its own, and wants to be told where they arrived.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rss: bool,
+    /// The source tells of holes, where the target takes them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub holes: bool,
 }
 
 fn is_none_or_one(nics: &u16) -> bool {
@@ -199,6 +202,9 @@ pub struct Choice {
     /// How the NICs that take lanes spread them over queues, for a source that asked.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub queues: Vec<NicQueues>,
+    /// Lanes over TCP may carry holes, which the target frees.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub holes: bool,
 }
 
 /// An address of the target that takes lanes.

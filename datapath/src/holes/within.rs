@@ -90,7 +90,7 @@ fn mark_data(region: &Region, bytes: Range<u64>, data: &mut DirtyBitmap) -> Resu
 }
 
 /// Whether each page of `bytes` is in the page cache or in swap; "no" where the kernel can't say.
-fn is_all_data(file: BorrowedFd<'_>, bytes: Range<u64>) -> Result<bool, HolesError> {
+pub(super) fn is_all_data(file: BorrowedFd<'_>, bytes: Range<u64>) -> Result<bool, HolesError> {
     let range = CachestatRange { offset: bytes.start, len: bytes.end - bytes.start };
     let mut stat = Cachestat::default();
     // SAFETY: `range` and `stat` are the structures this call reads and writes, and outlive it.
@@ -106,7 +106,7 @@ fn is_all_data(file: BorrowedFd<'_>, bytes: Range<u64>) -> Result<bool, HolesErr
     }
 }
 
-fn seek(region: &Region, at: u64, whence: Whence) -> Result<Option<u64>, HolesError> {
+pub(super) fn seek(region: &Region, at: u64, whence: Whence) -> Result<Option<u64>, HolesError> {
     match lseek(region.file(), at as i64, whence) {
         Ok(found) => Ok(Some(found as u64)),
         Err(Errno::ENXIO) => Ok(None),

@@ -94,6 +94,18 @@ fn codecs_stand_in_offer_and_choice_where_there_are_any() {
     assert!(line.contains(r#"{"codecs":["lz4","zstd"],"lanes":"#), "{line}");
 }
 
+#[test]
+fn holes_stand_in_offer_and_choice_where_they_are_taken() {
+    let choice = r#"{"holes":true,"lanes":[{"cpu":null,"path":"tcp-plain","ticket":"TICKET"}],"refused":[]}"#;
+    let choice = choice.replace("TICKET", &"00".repeat(32));
+    let (messages, error) = decode_all(&frame(MessageKind::Choice as u8, choice.as_bytes(), b""));
+    assert_eq!(error, None);
+    let [Message::Choice(got)] = &messages[..] else { panic!("{messages:?}") };
+    assert!(got.holes);
+    let line = line(&messages[0]);
+    assert!(line.contains(&choice), "{line}");
+}
+
 const CHOICE: &str = r#"{"lanes":[{"cpu":null,"path":"tcp-plain","ticket":"TICKET"}],"queues":[{"addresses":["10.0.0.2"],"device":"eth0","key":"6d5a56da","queues":[{"cpu":1,"queue":2},{"queue":0}],"table":[0,2]},{"addresses":["10.1.0.2"],"device":"br0","why_not":"no RSS"}],"refused":[]}"#;
 
 fn choice_with(old: &str, new: &str) -> Vec<u8> {

@@ -116,6 +116,7 @@ fn offer() -> Offer {
             codecs: vec![],
             nics: 0,
             rss: false,
+            holes: false,
         },
         tracker: "uffd-two-phase".into(),
         target_qmp: Some("/run/target.qmp".into()),
@@ -141,6 +142,7 @@ fn choice() -> Choice {
         codecs: vec![],
         addresses: vec![],
         queues: vec![],
+        holes: false,
     }
 }
 
@@ -254,24 +256,19 @@ fn any_region() -> impl Strategy<Value = RegionOffer> {
 }
 
 fn any_offer() -> impl Strategy<Value = Offer> {
-    let lanes = (
-        option::of(any::<u16>()),
-        vec(any_path(), 0..4),
-        any::<u16>(),
-        any::<bool>(),
-        any_codecs(),
-        any::<u16>().prop_map(|nics| if nics == 1 { 0 } else { nics }),
-        any::<bool>(),
-    )
-        .prop_map(|(count, paths, cpus, encrypt, codecs, nics, rss)| LaneOffer {
-            count,
-            paths,
-            cpus,
-            encrypt,
-            codecs,
-            nics,
-            rss,
-        });
+    let lanes =
+        (
+            option::of(any::<u16>()),
+            vec(any_path(), 0..4),
+            any::<u16>(),
+            any::<bool>(),
+            any_codecs(),
+            any::<u16>().prop_map(|nics| if nics == 1 { 0 } else { nics }),
+            any::<[bool; 2]>(),
+        )
+            .prop_map(|(count, paths, cpus, encrypt, codecs, nics, [rss, holes])| {
+                LaneOffer { count, paths, cpus, encrypt, codecs, nics, rss, holes }
+            });
     let names = (text(), text(), text(), option::of(text()));
     (vec(any_region(), 1..6), names, lanes, any::<bool>(), any::<u64>()).prop_map(
         |(regions, (monitor, machine, tracker, target_qmp), lanes, verify, downtime_ms)| Offer {
@@ -304,14 +301,15 @@ fn any_choice() -> impl Strategy<Value = Choice> {
     let refused = (text(), text()).prop_map(|(what, reason)| Refused { what, reason });
     let lanes = (vec(lane, 1..9), vec(refused, 0..4));
     let nics = (vec(any_address(), 0..4), vec(any_queues(), 0..3));
-    (lanes, option::of(any::<u16>()), any_codecs(), nics).prop_map(
-        |((lanes, refused), rdma_port, codecs, (addresses, queues))| Choice {
+    (lanes, option::of(any::<u16>()), any_codecs(), nics, any::<bool>()).prop_map(
+        |((lanes, refused), rdma_port, codecs, (addresses, queues), holes)| Choice {
             lanes,
             refused,
             rdma_port,
             codecs,
             addresses,
             queues,
+            holes,
         },
     )
 }

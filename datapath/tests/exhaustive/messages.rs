@@ -61,6 +61,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             codecs: Vec::new(),
             nics: 0,
             rss: false,
+            holes: false,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -79,6 +80,7 @@ pub(crate) fn choice() -> Choice {
         codecs: Vec::new(),
         addresses: Vec::new(),
         queues: Vec::new(),
+        holes: false,
     }
 }
 

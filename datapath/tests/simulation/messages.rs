@@ -42,6 +42,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             codecs: vec![],
             nics: 0,
             rss: false,
+            holes: false,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -60,6 +61,7 @@ pub(crate) fn choice(lanes: usize) -> Choice {
         codecs: vec![],
         addresses: vec![],
         queues: vec![],
+        holes: false,
     }
 }
 

@@ -128,6 +128,7 @@ pub(crate) fn offer(verify: bool) -> Offer {
             codecs: vec![],
             nics: 0,
             rss: false,
+            holes: false,
         },
         tracker: String::new(),
         target_qmp: None,
@@ -146,6 +147,7 @@ pub(crate) fn choice() -> Choice {
         codecs: vec![],
         addresses: vec![],
         queues: vec![],
+        holes: false,
     }
 }
 

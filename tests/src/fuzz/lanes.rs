@@ -10,7 +10,8 @@ use pageferry_datapath::framing::{
     ACK_BYTES, Ack, Frame, HEADER_BYTES, HeaderBytes, LaneReader, LaneWriter,
 };
 use pageferry_datapath::limits::{
-    BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, CHUNK_BYTES_MAX, CHUNKS_MAX, PAGE_BYTES_MIN,
+    BATCH_BYTES_MAX, BATCH_EXTENTS_MAX, CHUNK_BYTES_MAX, CHUNKS_MAX, HOLE_RUN_BYTES_MAX,
+    PAGE_BYTES_MIN,
 };
 use pageferry_datapath::zero::Sorted;
 use xxhash_rust::xxh3::xxh3_64;
@@ -64,10 +65,13 @@ fn ack(bytes: &[u8], seal: bool) {
     }
 }
 
-/// A reader at a lane's first frame, of a target that agreed to every codec or to none.
+/// The page sizes of those regions, where holes were agreed on.
+const PAGES: [u64; 3] = [2 << 20, 4096, 1 << 30];
+
+/// A reader at a lane's first frame, of a target that agreed to every codec and to holes, or to nothing.
 fn reader(unpacks: bool) -> LaneReader {
     match unpacks {
-        true => LaneReader::new(REGIONS).unpacking(CodecName::ALL),
+        true => LaneReader::new(REGIONS).unpacking(CodecName::ALL).punching(PAGES),
         false => LaneReader::new(REGIONS),
     }
 }
@@ -97,14 +101,21 @@ fn frames(mut bytes: &[u8], unpacks: bool) {
 /// What a worker would do with it is sound, and what it allocates is bounded.
 fn batch(batch: &Sorted, payload_bytes: u64, unpacks: bool) {
     let extents = || batch.data.iter().chain(&batch.zero).chain(&batch.packed);
-    assert!((1..=BATCH_EXTENTS_MAX).contains(&(extents().count() + batch.chunks.len())));
-    for extent in extents() {
+    let all = || extents().chain(&batch.hole);
+    assert!((1..=BATCH_EXTENTS_MAX).contains(&(all().count() + batch.chunks.len())));
+    for hole in &batch.hole {
+        let page_bytes = PAGES[usize::from(hole.region.0)];
+        assert!(hole.offset.is_multiple_of(page_bytes) && hole.len.is_multiple_of(page_bytes));
+        assert!(hole.len <= HOLE_RUN_BYTES_MAX);
+    }
+    for extent in all() {
         let region_bytes = REGIONS[usize::from(extent.region.0)];
         assert!(extent.len > 0 && extent.offset + extent.len <= region_bytes);
         assert!(extent.len % PAGE_BYTES_MIN == 0 && extent.offset % PAGE_BYTES_MIN == 0);
     }
     assert!(extents().map(|extent| extent.len).sum::<u64>() <= BATCH_BYTES_MAX);
-    assert!(unpacks || batch.chunks.is_empty() && batch.packed.is_empty());
+    let is_plain = batch.chunks.is_empty() && batch.packed.is_empty() && batch.hole.is_empty();
+    assert!(unpacks || is_plain);
     assert!(batch.chunks.len() <= CHUNKS_MAX);
     assert!(batch.chunks.iter().all(|chunk| chunk.raw_bytes <= CHUNK_BYTES_MAX));
     assert!(batch.chunks.iter().all(|chunk| chunk.packed_bytes <= chunk.raw_bytes));
@@ -115,7 +126,7 @@ fn batch(batch: &Sorted, payload_bytes: u64, unpacks: bool) {
     assert_eq!(payload_bytes, packed + sum(&mut batch.data.iter().map(|extent| extent.len)));
 
     // A batch of chunks alone stands for nothing, and no source makes one.
-    if extents().next().is_none() {
+    if all().next().is_none() {
         return;
     }
     let mut header: HeaderBytes = [0; HEADER_BYTES];
@@ -123,6 +134,7 @@ fn batch(batch: &Sorted, payload_bytes: u64, unpacks: bool) {
     let mut again = Sorted::new();
     assert_eq!(reader(unpacks).frame(&header, &mut again), Ok(Frame::Batch { payload_bytes }));
     assert_eq!((&again.data, &again.zero), (&batch.data, &batch.zero));
+    assert_eq!(again.hole, batch.hole);
     assert_eq!((&again.packed, &again.chunks), (&batch.packed, &batch.chunks));
 }
 

@@ -70,6 +70,9 @@ impl LanePool {
         let counters = Arc::new(PoolCounters::default());
         let narrowing = Arc::new(Sharing::new(&plan.narrowing, &memory, plan.lanes.len()));
         let mut pool = Self { lanes: Vec::with_capacity(plan.lanes.len()), counters, narrowing };
+        if let Some(holes) = &plan.holes {
+            holes.look.take_into_use(holes.punches);
+        }
         let policy = Arc::new(Policy::new(&plan.packing, plan.lanes.len()));
         let lines = connect::connect_all(plan)?;
         for (place, (lane, line)) in plan.lanes.iter().zip(lines).enumerate() {
@@ -84,6 +87,7 @@ impl LanePool {
                 packing: LanePacking::new(Arc::clone(&policy), place),
                 narrowing: LaneNarrowing::new(Arc::clone(&pool.narrowing)),
                 pacing: LanePacing::new(Arc::clone(&plan.pacer)),
+                holes: plan.holes.clone(),
             };
             let start = Start {
                 end: "source",

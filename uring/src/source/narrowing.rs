@@ -65,6 +65,21 @@ impl Sharing {
     }
 }
 
+/// How many extents of each kind there were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Before {
+    data: usize,
+    zero: usize,
+    hole: usize,
+}
+
+impl Before {
+    /// In `sorted` as it is now.
+    pub(super) fn of(sorted: &Sorted) -> Self {
+        Self { data: sorted.data.len(), zero: sorted.zero.len(), hole: sorted.hole.len() }
+    }
+}
+
 /// See the [module](self).
 #[derive(Debug)]
 pub(super) struct LaneNarrowing {
@@ -122,23 +137,25 @@ impl LaneNarrowing {
         (BATCH_EXTENTS_MAX - CHUNKS_MAX).saturating_sub(sorted.entries())
     }
 
-    /// Looks at what was added to `sorted` behind its first `data` and `zero` extents, and takes out
-    /// what the target holds.
+    /// Looks at what was added to `sorted` since it was as `before`, and takes out what the target
+    /// holds.
     pub(super) fn narrow(
         &mut self,
         round: RoundIndex,
         memory: &GuestMemory,
         sorted: &mut Sorted,
-        (data, zero): (usize, usize),
+        before: Before,
     ) -> Result<(), RegionError> {
         let Sharing::Shared { held, .. } = &*self.sharing else { return Ok(()) };
+        let Before { data, zero, hole } = before;
+        let zeros = sorted.zero[zero..].iter().chain(&sorted.hole[hole..]);
         if !self.active {
-            for extent in sorted.data[data..].iter().chain(&sorted.zero[zero..]) {
+            for extent in sorted.data[data..].iter().chain(zeros) {
                 held.forget(*extent);
             }
             return Ok(());
         }
-        for extent in &sorted.zero[zero..] {
+        for extent in zeros {
             held.zero(round, *extent);
         }
         let start = Instant::now();

@@ -3,6 +3,7 @@
 //! Owns its wire and the list of what is not acknowledged yet. Runs on its own thread, pinned if
 //! the plan says so; ends after a close, a stop or the first error.
 
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,6 +14,7 @@ use pageferry_datapath::codec::Codec;
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::{Ack, LaneWriter};
 use pageferry_datapath::governor::Sent;
+use pageferry_datapath::holes::HolesError;
 use pageferry_datapath::ids::{LaneId, RoundIndex};
 use pageferry_datapath::lane::{LaneError, LaneEvent, LaneStats};
 use pageferry_datapath::limits::{BATCH_EXTENTS_MAX, CHUNKS_MAX};
@@ -21,11 +23,12 @@ use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::work::RoundWork;
 use pageferry_datapath::zero::Sorted;
 
-use super::narrowing::LaneNarrowing;
+use super::narrowing::{Before, LaneNarrowing};
 use super::pacing::LanePacing;
 use super::packing::LanePacking;
 use super::{Command, PoolCounters};
 use crate::limits;
+use crate::plan::HolePlan;
 use crate::stats::{Tally, record};
 use crate::sys::{self, Order, Parcel};
 use crate::wire::{Line, Wire, WireError};
@@ -41,6 +44,7 @@ pub(super) struct Setup {
     pub(super) packing: LanePacking,
     pub(super) narrowing: LaneNarrowing,
     pub(super) pacing: LanePacing,
+    pub(super) holes: Option<HolePlan>,
 }
 
 /// Serves commands until the lane ends; the body of a worker's thread.
@@ -57,6 +61,7 @@ pub(super) fn run(
         batch: Vec::with_capacity(BATCH_EXTENTS_MAX),
         sorted: Sorted::new(),
         unacked: Vec::new(),
+        holes: Vec::new(),
         gives_way: GivesWay::default(),
         tally: Tally::new(),
     };
@@ -84,6 +89,8 @@ struct Worker {
     sorted: Sorted,
     /// What was sent since the last acknowledged barrier, neighbours joined.
     unacked: Vec<Extent>,
+    /// Those of it that were sent as holes.
+    holes: Vec<Extent>,
     gives_way: GivesWay,
     tally: Tally,
 }
@@ -123,8 +130,9 @@ impl Worker {
             let codec = self.setup.packing.codec();
             self.yield_to_guest(work.round(), codec);
             let bytes = self.setup.pacing.piece_bytes();
-            work.next_batch_within(&mut self.batch, extents, bytes);
-            if self.batch.is_empty() {
+            self.sorted.clear();
+            self.take(work, extents, bytes)?;
+            if self.batch.is_empty() && self.sorted.entries() == 0 {
                 break;
             }
             let start = Instant::now();
@@ -134,6 +142,7 @@ impl Worker {
             let zero_bytes = self.sorted.zero_bytes();
             self.tally.moved_bytes += bytes;
             self.tally.zero_bytes += zero_bytes;
+            self.tally.hole_bytes += self.sorted.hole_bytes();
             self.setup.counters.moved_bytes.fetch_add(bytes, Ordering::Relaxed);
             self.setup.counters.zero_bytes.fetch_add(zero_bytes, Ordering::Relaxed);
         }
@@ -141,8 +150,36 @@ impl Worker {
         self.barrier(work.round())?;
         record(&mut self.tally.barrier_ns, start);
         self.unacked.clear();
+        if let Some(plan) = &self.setup.holes {
+            plan.look.tell(&mut self.holes);
+        }
         self.setup.narrowing.acknowledged();
         self.say(LaneEvent::Placed { lane: self.setup.lane, round: work.round() });
+        Ok(())
+    }
+
+    /// Takes the next extents: into the batch what is there, into what is sorted what is a hole.
+    fn take(&mut self, work: &RoundWork, extents: usize, bytes: u64) -> Result<(), Ended> {
+        let lane = self.setup.lane;
+        let Some(plan) = &self.setup.holes else {
+            work.next_batch_within(&mut self.batch, extents, bytes);
+            return Ok(());
+        };
+        let failed = |error: HolesError| {
+            let source = io::Error::other(error);
+            Ended::Failed(LaneError::Host { lane, call: "looking for holes", source })
+        };
+        if !plan.look.is_worth_it().map_err(failed)? {
+            work.next_batch_within(&mut self.batch, extents, bytes);
+            return Ok(());
+        }
+        let before = (self.sorted.zero.len(), self.sorted.hole.len());
+        let look = (&*plan.look, plan.punches);
+        work.next_batch_around(&mut self.batch, &mut self.sorted, (extents, bytes), look)
+            .map_err(failed)?;
+        note(&mut self.unacked, &self.sorted.zero[before.0..]);
+        note(&mut self.unacked, &self.sorted.hole[before.1..]);
+        note(&mut self.holes, &self.sorted.hole[before.1..]);
         Ok(())
     }
 
@@ -160,24 +197,29 @@ impl Worker {
     fn make_batch(&mut self, work: &RoundWork, piece_bytes: u64) -> Result<(), Ended> {
         let lane = self.setup.lane;
         let outside = |source| Ended::Failed(LaneError::OutsideMemory { lane, source });
-        let Setup { narrowing, memory, line, .. } = &mut self.setup;
-        let (round, sorted) = (work.round(), &mut self.sorted);
-        sorted.clear();
-        narrowing.begin(round, self.batch[0]);
-        while !self.batch.is_empty() {
-            line.check_stop().map_err(|_| Ended::Stopped)?;
+        let round = work.round();
+        let mut taken = self.batch.iter().chain(&self.sorted.zero).chain(&self.sorted.hole);
+        let first = *taken.next().expect("something was taken");
+        self.setup.narrowing.begin(round, first);
+        let mut before = Before::default();
+        loop {
+            self.setup.line.check_stop().map_err(|_| Ended::Stopped)?;
             // Noted before it is sent: a batch that fails half-way may be half placed.
             note(&mut self.unacked, &self.batch);
-            let before = (sorted.data.len(), sorted.zero.len());
+            let Setup { narrowing, memory, .. } = &mut self.setup;
+            let sorted = &mut self.sorted;
             sorted.sort_more(memory, &self.batch).map_err(outside)?;
             narrowing.narrow(round, memory, sorted, before).map_err(outside)?;
             if !narrowing.takes_more(sorted) {
-                break;
+                return Ok(());
             }
             let (extents, bytes) = narrowing.limits(sorted);
-            work.next_batch_within(&mut self.batch, extents, bytes.min(piece_bytes));
+            before = Before::of(sorted);
+            self.take(work, extents, bytes.min(piece_bytes))?;
+            if self.batch.is_empty() && Before::of(&self.sorted) == before {
+                return Ok(());
+            }
         }
-        Ok(())
     }
 
     /// Sends what was sorted; the bytes of guest memory that travelled.

@@ -212,7 +212,8 @@ impl Session {
         let (source_events, at_source) = crossbeam_channel::unbounded();
         let (target_events, at_target) = crossbeam_channel::unbounded();
         let codecs = CodecName::ALL.to_vec();
-        let config = TargetLaneConfig { path: target_path, codecs, ..TargetLaneConfig::default() };
+        let (path, holes) = (target_path, true);
+        let config = TargetLaneConfig { path, codecs, holes, ..TargetLaneConfig::default() };
         let mut plan = acceptor.plan(source_path);
         change(&mut plan);
         let (pool, targets) = std::thread::scope(|scope| {

@@ -317,8 +317,8 @@ impl<'a> Agent<'a> {
 
     fn new_lanes(&mut self, new: NewLanes) -> Input {
         let Some(address) = self.control.peer() else { return Input::Tick };
-        let (session, memory) = (self.session, self.tracking.memory());
-        match self.mover.renew(new, Way { address, session, memory }) {
+        let (session, memory, look) = (self.session, self.tracking.memory(), self.tracking.look());
+        match self.mover.renew(new, Way { address, session, memory, look }) {
             Ok(input) => {
                 self.ways.add(self.mover.rails());
                 input.unwrap_or(Input::Tick)
@@ -379,8 +379,8 @@ impl<'a> Agent<'a> {
     fn open_lanes(&mut self, choice: &Choice) -> Result<Input, Failure> {
         self.tracking.map(self.monitor)?;
         let address = self.control.peer().ok_or_else(|| lost(&LinkError::Closed))?;
-        let (session, memory) = (self.session, self.tracking.memory());
-        if let Err(failure) = self.mover.open(choice, Way { address, session, memory }) {
+        let (session, memory, look) = (self.session, self.tracking.memory(), self.tracking.look());
+        if let Err(failure) = self.mover.open(choice, Way { address, session, memory, look }) {
             // Over another rail, with other tickets: some of these are used up.
             let rejoins = self.control.rejoins();
             self.mover.open_again(failure, rejoins)?;

@@ -173,6 +173,7 @@ pub fn offer(options: &SourceOptions, facts: &GuestFacts) -> Offer {
             codecs: options.lanes.compress.offered(),
             nics: rails::usable_nics(&rails::nics(), &options.lanes.networks),
             rss: true,
+            holes: true,
         },
         tracker: facts.tracker.0.clone(),
         target_qmp: options.target_qmp.clone(),

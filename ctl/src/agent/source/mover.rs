@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::control::{AbortReason, Choice, CoreUse, LanesLost, LanesPlaced, NewLanes};
+use pageferry_datapath::holes::HoleLook;
 use pageferry_datapath::ids::{RoundIndex, SessionId};
 use pageferry_datapath::lane::{LaneEvent, LanePath, LaneStats, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
@@ -35,6 +36,8 @@ pub(super) struct Way<'a> {
     pub(super) session: SessionId,
     /// Of the guest.
     pub(super) memory: &'a GuestMemory,
+    /// For lanes that look before they read.
+    pub(super) look: Option<&'a Arc<HoleLook>>,
 }
 
 /// Lanes that are gone.
@@ -161,7 +164,7 @@ impl Mover {
     }
 
     fn open_rdma(&mut self, choice: &Choice, way: Way<'_>) -> Result<(), String> {
-        let Way { address, session, memory } = way;
+        let Way { address, session, memory, .. } = way;
         let events = self.to_events.clone();
         let opened = lanes::open_rdma(address, session, choice, &self.wanted, memory, events);
         self.lanes = Some(opened?);
@@ -179,7 +182,7 @@ impl Mover {
             chosen => chosen,
         };
         self.path_reason = Some(reason).filter(|_| self.wanted.transport == Transport::Auto);
-        let Way { address, session, memory } = way;
+        let Way { address, session, memory, look } = way;
         self.rails.choose(&nics(), &choice.addresses, address);
         let opened = lanes::open(
             (address, self.rails.used()),
@@ -187,7 +190,7 @@ impl Mover {
             choice,
             &self.wanted,
             self.same_host,
-            memory,
+            (memory, look),
             self.to_events.clone(),
         );
         let (lanes, picked) = opened.map_err(|error| {

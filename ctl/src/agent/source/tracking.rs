@@ -1,9 +1,10 @@
 //! The guest's memory at the source: mapped, tracked, scanned.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry_datapath::bitmap::DirtySet;
-use pageferry_datapath::holes::{self, HolesError};
+use pageferry_datapath::holes::{self, HoleLook, HolesError};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_datapath::tracker::DirtyTracker;
@@ -16,6 +17,8 @@ use super::super::monitor::SourceMonitor;
 pub(super) struct Tracking {
     memory: GuestMemory,
     tracker: Option<Box<dyn DirtyTracker>>,
+    /// Tells what became a hole.
+    look: Option<Arc<HoleLook>>,
     /// Every page of which some content is at the target, or on its way there.
     sent: Option<DirtySet>,
     /// Time of each scan.
@@ -28,7 +31,16 @@ impl Tracking {
     /// Maps guest memory. The lanes lease it, so it is mapped before them and tracked after.
     pub(super) fn map(&mut self, monitor: &mut dyn SourceMonitor) -> Result<(), Failure> {
         self.memory = monitor.map_memory()?;
+        let gives_back = monitor.facts().gives_memory_back.is_some();
+        let look = HoleLook::new(&self.memory, gives_back)
+            .map_err(|error| failure::host("guest memory", &error, None))?;
+        self.look = Some(Arc::new(look));
         Ok(())
+    }
+
+    /// Tells what became a hole, once the memory is mapped.
+    pub(super) fn look(&self) -> Option<&Arc<HoleLook>> {
+        self.look.as_ref()
     }
 
     /// Guest memory; empty before it was mapped.
@@ -64,6 +76,7 @@ impl Tracking {
             .map_err(|error| failure::host("dirty tracking", &error, None))?;
         self.scans.push(stats.elapsed);
         self.leave_holes(&mut found)
+            .and_then(|()| self.find_punched(&mut found))
             .map_err(|error| failure::host("dirty tracking", &error, None))?;
         Ok(found)
     }
@@ -73,6 +86,9 @@ impl Tracking {
     /// hole since moves as zeros.)
     fn leave_holes(&mut self, found: &mut DirtySet) -> Result<(), HolesError> {
         let sent = self.sent.as_mut().expect("set with the tracker");
+        for hole in self.look.iter().flat_map(|look| look.take_told()) {
+            sent.clear_extent(hole).expect("a hole lies within its region");
+        }
         let mut fresh = found.clone();
         fresh.subtract(sent);
         if !fresh.is_empty() {
@@ -80,6 +96,25 @@ impl Tracking {
             found.subtract(&fresh);
         }
         sent.union_with(found);
+        Ok(())
+    }
+
+    /// Adds what was sent and is a hole now: no scan reports what the guest gave back.
+    fn find_punched(&mut self, found: &mut DirtySet) -> Result<(), HolesError> {
+        let sent = self.sent.as_mut().expect("set with the tracker");
+        let Some(look) = &self.look else { return Ok(()) };
+        if look.has_fewer(sent)? {
+            let mut punched = sent.clone();
+            punched.subtract(&holes::data_within(&self.memory, sent)?);
+            if !punched.is_empty() {
+                look.expect_more();
+                found.union_with(&punched);
+                if !look.is_told() {
+                    // It gets zeros, in parts; nobody says when that is all of a page.
+                    sent.subtract(&punched);
+                }
+            }
+        }
         Ok(())
     }
 

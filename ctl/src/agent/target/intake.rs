@@ -20,6 +20,7 @@ use pageferry_datapath::placed::{Placed, placed_by};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::Input;
+use pageferry_uring::plan::TargetLaneConfig;
 use pageferry_uring::target::TargetLane;
 
 use super::super::acceptor::ArrivingLane;
@@ -51,6 +52,9 @@ pub(super) struct Intake {
     /// Of each lane, the core of its worker.
     cpus: Vec<Option<u16>>,
     codecs: Vec<CodecName>,
+    /// Holes of the source's become holes here. Not where memory is registered for RDMA: the NIC
+    /// would go on writing to pages that were freed.
+    holes: bool,
     /// What the source was told of this host's NICs; `None` for one that did not ask.
     queues: Option<Vec<NicQueues>>,
     /// Of each lane that came over TCP, where it lands and the core of its worker.
@@ -82,6 +86,7 @@ impl Intake {
             encrypted: false,
             cpus: Vec::new(),
             codecs: Vec::new(),
+            holes: false,
             queues: None,
             landed: Vec::new(),
             topology: Topology::default(),
@@ -170,8 +175,9 @@ impl Intake {
         };
         let rdma_port = self.rdma.as_ref().filter(|_| stays).map(RdmaTarget::port);
         let (codecs, addresses) = (self.codecs.clone(), self.addresses());
-        let queues = self.queues.clone().unwrap_or_default();
-        let choice = Choice { lanes, refused: Vec::new(), rdma_port, codecs, addresses, queues };
+        let (queues, holes) = (self.queues.clone().unwrap_or_default(), self.holes);
+        let refused = Vec::new();
+        let choice = Choice { lanes, refused, rdma_port, codecs, addresses, queues, holes };
         Some(NewLanes { choice, round_placed, placed })
     }
 
@@ -221,6 +227,7 @@ impl Intake {
             Err(why) => (lanes::tcp_path_for(&offer.lanes.paths), Some(why)),
         };
         self.codecs = accepted_codecs(&offer.lanes);
+        self.holes = offer.lanes.holes && self.rdma.is_none();
         let cpus = &self.wanted.cpus;
         let cpu_of = |lane| cpus.get(lane % cpus.len().max(1)).map(|cpu| *cpu as u16);
         self.cpus = (0..usize::from(count)).map(cpu_of).collect();
@@ -238,6 +245,7 @@ impl Intake {
             codecs: self.codecs.clone(),
             addresses,
             queues: self.queues.clone().unwrap_or_default(),
+            holes: self.holes,
         })
     }
 
@@ -300,6 +308,7 @@ impl Intake {
         };
         let cpu = self.core_for(index, &landing).or(cpu);
         let config = self.wanted.target_config(cpu, self.same_host, &self.codecs);
+        let config = TargetLaneConfig { holes: self.holes, ..config };
         let Some(stream) = lane.reply(Reply::Accepted) else { return Ok(()) };
         let id = LaneId(index as u16);
         let events = self.to_events.clone();

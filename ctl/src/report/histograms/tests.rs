@@ -57,6 +57,7 @@ fn what_lanes_and_scans_counted_is_all_there() {
         cpu: None,
         moved_bytes: 1,
         zero_bytes: 0,
+        hole_bytes: 0,
         wire_bytes: 1,
         sealing: None,
         packing: Packing::default(),
