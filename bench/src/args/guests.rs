@@ -104,6 +104,9 @@ pub(crate) struct MigrateArgs {
     /// Target memory that was never touched before.
     #[arg(long)]
     pub(crate) cold: bool,
+    /// Ways of `pageferry migrate --compress` to take turns, the first beside each other: auto,off.
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub(crate) compress: Vec<String>,
     /// Who else moves it, in turns: qemu.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub(crate) vs: Vec<Tool>,
