@@ -6,8 +6,9 @@
 test-rdma: setup rdma-packages
 	tests/rdma-vm/selftest $(ARGS)
 	tests/rdma-vm/lanes $(ARGS)
+	$(if $(filter-out kvm_%,$(ARGS)),,tests/rdma-vm/kvm $(or $(ARGS),kvm_))
 
-# Guests under KVM, emulated where it has to be; some ten minutes then.
+# Guests under KVM, emulated where it has to be, direct I/O included.
 test-kvm: setup rdma-packages
 	tests/rdma-vm/kvm $(ARGS)
 
