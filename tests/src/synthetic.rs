@@ -9,7 +9,10 @@
 //! so one page that is old, torn or lost is found. Writers go through a mapping that is tracked by
 //! userfaultfd, the agents through another one, as with a real monitor.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -47,6 +50,8 @@ pub struct Shape {
     pub writers: u64,
     /// Pages that all of them together write each second.
     pub pages_per_second: u64,
+    /// It has a device to give memory back by.
+    pub gives_back: bool,
 }
 
 impl Shape {
@@ -70,6 +75,8 @@ struct Inner {
     region: Arc<Region>,
     generations: Vec<AtomicU32>,
     bad: AtomicU64,
+    /// What was there of its file when it arrived.
+    arrived_bytes: AtomicU64,
     written: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
@@ -102,6 +109,7 @@ impl Guest {
             region,
             generations: generations.iter().map(|it| AtomicU32::new(*it)).collect(),
             bad: AtomicU64::new(0),
+            arrived_bytes: AtomicU64::new(0),
             written: AtomicU64::new(0),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -116,17 +124,27 @@ impl Guest {
 
     /// Lets the writers go on.
     pub fn run(&self) {
-        self.inner.lock().running = true;
-        self.inner.changed.notify_all();
+        self.inner.run();
     }
 
     /// Stands still when this returns: no page is half written.
     pub fn pause(&self) {
-        let mut state = self.inner.lock();
-        state.running = false;
-        while state.still < self.inner.shape.writers {
-            state = self.inner.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.inner.pause();
+    }
+
+    /// To give memory back by, from wherever.
+    pub fn giver(&self) -> Giver {
+        Giver(Arc::clone(&self.inner))
+    }
+
+    /// What is there of its file.
+    pub fn allocated_bytes(&self) -> u64 {
+        self.inner.allocated_bytes()
+    }
+
+    /// What was there of it when it had arrived, before it ran.
+    pub fn arrived_bytes(&self) -> u64 {
+        self.inner.arrived_bytes.load(Ordering::Relaxed)
     }
 
     /// Pages written since the start.
@@ -151,6 +169,24 @@ impl Guest {
     }
 }
 
+/// Gives memory of a guest back, as the monitor of a balloon does.
+#[derive(Clone, Debug)]
+pub struct Giver(Arc<Inner>);
+
+impl Giver {
+    /// The guest uses these bytes no more, and their pages are punched out of the file. Reads as zeros,
+    /// if it is read at all.
+    pub fn give_back(&self, bytes: Range<u64>) {
+        self.0.pause();
+        let pages = bytes.start / PAGE as u64..bytes.end / PAGE as u64;
+        for generation in &self.0.generations[pages.start as usize..pages.end as usize] {
+            generation.store(0, Ordering::Relaxed);
+        }
+        self.0.region.punch(bytes.start, bytes.end - bytes.start).expect("whole pages");
+        self.0.run();
+    }
+}
+
 impl Drop for Guest {
     fn drop(&mut self) {
         self.inner.lock().ended = true;
@@ -166,7 +202,25 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A writer's thread: every so many-th of the filled pages is its own.
+    fn run(&self) {
+        self.lock().running = true;
+        self.changed.notify_all();
+    }
+
+    fn pause(&self) {
+        let mut state = self.lock();
+        state.running = false;
+        while state.still < self.shape.writers {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        let file = self.region.file().try_clone_to_owned().map(File::from);
+        file.and_then(|file| file.metadata()).expect("an open file").blocks() * 512
+    }
+
+    /// A writer's thread: every so many-th of the filled pages is its own, but those given back.
     fn rewrite(&self, writer: u64) {
         let Shape { filled_pages, writers, pages_per_second, .. } = self.shape;
         let spacing = Duration::from_secs(1).mul_f64((BURST * writers) as f64)
@@ -190,6 +244,9 @@ impl Inner {
             for _ in 0..BURST {
                 random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 let page = (random >> 33) % (filled_pages / writers) * writers + writer;
+                if self.generations[page as usize].load(Ordering::Relaxed) == 0 {
+                    continue;
+                }
                 if !self.is_right(page) {
                     self.bad.fetch_add(1, Ordering::Relaxed);
                 }
@@ -316,6 +373,7 @@ impl SyntheticSource {
                 backing: if shape.huge.is_some() { "hugetlbfs" } else { "tmpfs" }.into(),
                 populated_bytes: shape.filled_pages * PAGE as u64,
             }],
+            gives_memory_back: shape.gives_back.then(|| "the test".to_owned()),
             tracker: ("uffd-one-phase".into(), "no KVM shadows this memory".into()),
             ..GuestFacts::default()
         };
@@ -457,6 +515,7 @@ impl TargetMonitor for SyntheticTarget {
         let guest = self.arrived();
         let guest = guest.as_ref().expect("loaded before");
         // Before it writes anything: what was moved, and nothing else.
+        guest.inner.arrived_bytes.store(guest.allocated_bytes(), Ordering::Relaxed);
         guest.inner.bad.fetch_add(guest.verify(), Ordering::Relaxed);
         guest.run();
         Ok(Duration::from_micros(1))

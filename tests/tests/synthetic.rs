@@ -16,14 +16,14 @@ use crossbeam_channel::never;
 use pageferry_ctl::agent::monitor::TargetMonitor;
 use pageferry_ctl::agent::source::Watch;
 use pageferry_ctl::cli::{self, Cli, MigrateArgs, TargetArgs};
-use pageferry_ctl::lab::skip;
+use pageferry_ctl::lab::{HugePages, Workplace, is_root, skip};
 use pageferry_ctl::report::Reporter;
 use pageferry_ctl::report::events::Event;
 use pageferry_ctl::report::exit::Exit;
 use pageferry_ctl::{migrate, receive};
 use pageferry_datapath::ids::RoundIndex;
 use pageferry_datapath::source::Phase;
-use pageferry_tests::synthetic::{Arrived, Guest, Shape, SyntheticSource, SyntheticTarget};
+use pageferry_tests::synthetic::{Arrived, Giver, Guest, Shape, SyntheticSource, SyntheticTarget};
 use serde_json::Value;
 
 /// An emulated machine that others keep busy.
@@ -33,13 +33,17 @@ fn shape(mib: u64, huge: Option<u64>) -> Shape {
     let bytes = mib << 20;
     // A quarter are holes.
     let filled_pages = bytes / 4096 * 3 / 4;
-    Shape { bytes, filled_pages, huge, writers: 2, pages_per_second: 400 }
+    Shape { bytes, filled_pages, huge, writers: 2, pages_per_second: 400, gives_back: false }
 }
+
+/// What is done when a round is half-way.
+type HalfWay = Box<dyn FnMut(&Giver)>;
 
 /// Events as JSON, and what to do when a round is half-way.
 struct Told {
     events: Vec<Value>,
-    half_way: Option<Box<dyn FnMut()>>,
+    half_way: Option<HalfWay>,
+    giver: Option<Giver>,
     /// What the round was when that was done: its bytes, and those handed out.
     done_at: Option<(u64, u64)>,
 }
@@ -53,9 +57,12 @@ impl Reporter for Told {
         let (total, taken) = watch.round_bytes;
         let is_half_way =
             watch.phase == Phase::Moving && taken > total / 4 && taken < total * 7 / 8;
-        if is_half_way && let Some(mut act) = self.half_way.take() {
+        if is_half_way
+            && let Some(giver) = &self.giver
+            && let Some(mut act) = self.half_way.take()
+        {
             self.done_at = Some((total, taken));
-            act();
+            act(giver);
         }
     }
 }
@@ -66,6 +73,8 @@ struct Moved {
     told: Told,
     /// The guest's pages that were wrong at the source.
     bad_at_source: u64,
+    /// What was there of its memory at the source, at the end.
+    left_bytes: u64,
     arrived: Option<Guest>,
 }
 
@@ -138,12 +147,7 @@ impl Scene {
     }
 
     /// Moves a guest; `more` are arguments of `migrate`. `None` at a machine that only sends.
-    fn move_guest(
-        &self,
-        shape: &Shape,
-        more: &[&str],
-        half_way: Option<Box<dyn FnMut()>>,
-    ) -> Moved {
+    fn move_guest(&self, shape: &Shape, more: &[&str], half_way: Option<HalfWay>) -> Moved {
         let state = tempfile::tempdir().expect("a folder");
         let arrived = Arrived::default();
         let to = match self.to.strip_suffix(":0") {
@@ -162,15 +166,16 @@ impl Scene {
                 receive::run_with(&open, &args, &never())
             })
         });
-        let mut told = Told { events: Vec::new(), half_way, done_at: None };
-        let (mut exit, mut bad_at_source) = (Exit::Done, 0);
+        let mut told = Told { events: Vec::new(), half_way, giver: None, done_at: None };
+        let (mut exit, mut bad_at_source, mut left_bytes) = (Exit::Done, 0, 0);
         if self.has_source {
             let mut source = SyntheticSource::new(Guest::start(shape.clone()).expect("memory"));
+            told.giver = Some(source.guest().giver());
             wait_for(&to);
             let folder = state.path().join("source").display().to_string();
             let args = [&["--to", &to, "--state-dir", &folder, "--verify"], more].concat();
             exit = migrate::run_with(&mut source, &source_args(&args), &never(), &mut told);
-            bad_at_source = source.guest().bad();
+            (bad_at_source, left_bytes) = (source.guest().bad(), source.guest().allocated_bytes());
             if exit != Exit::Done {
                 assert_goes_on(source.guest());
             }
@@ -181,7 +186,7 @@ impl Scene {
             assert!(agree, "the two ends do not agree: {ended:?}, {exit:?}");
         }
         let arrived = arrived.lock().unwrap_or_else(PoisonError::into_inner).take();
-        Moved { exit, told, bad_at_source, arrived }
+        Moved { exit, told, bad_at_source, left_bytes, arrived }
     }
 
     /// Moves one over RDMA, and looks at it where it arrives.
@@ -237,6 +242,51 @@ fn a_guest_without_a_monitor_moves_over_tcp() {
     let moved = Scene::here().move_guest(&shape, &["--lanes", "2", "--transport", "tcp"], None);
     moved.assert_migrated("tcp");
     assert_goes_on(&moved.arrived.expect("it arrived"));
+}
+
+/// Some of it was sent before it is given back, some not; none of it comes back, on neither side.
+fn give_back_on_the_way(huge: Option<u64>) {
+    const MIB: u64 = 1 << 20;
+    let shape = Shape { gives_back: true, ..shape(64, huge) };
+    let given = [4 * MIB..8 * MIB, 28 * MIB..44 * MIB];
+    let given_bytes: u64 = given.iter().map(|bytes| bytes.end - bytes.start).sum();
+    let half_way = move |giver: &Giver| given.iter().for_each(|it| giver.give_back(it.clone()));
+    let more = ["--transport", "tcp", "--lanes", "2", "--max-bandwidth", "8388608B", "--compress"];
+    let more = [&more[..], &["off", "--downtime-ms", "1000"]].concat();
+    let moved = Scene::here().move_guest(&shape, &more, Some(Box::new(half_way)));
+    moved.assert_migrated("tcp");
+    let (total, taken) = moved.told.done_at.expect("a round was half-way");
+    let holes = moved.summary()["hole_bytes"].as_u64().unwrap_or(0);
+    let guest = moved.arrived.expect("it arrived");
+    let (left, arrived) = (moved.left_bytes / MIB, guest.arrived_bytes() / MIB);
+    println!(
+        "{} MiB given back when {} of {} were handed out; {} as holes; {left} MiB at the source, \
+         {arrived} at the target",
+        given_bytes / MIB,
+        taken / MIB,
+        total / MIB,
+        holes / MIB,
+    );
+    assert!(holes >= given_bytes, "{holes}");
+    assert_eq!(left, 48 - given_bytes / MIB, "sending took memory again");
+    assert_eq!(arrived, left);
+    assert_goes_on(&guest);
+}
+
+#[test]
+fn what_is_given_back_on_the_way_is_a_hole_at_the_target() {
+    give_back_on_the_way(None);
+}
+
+#[test]
+fn huge_pages_given_back_on_the_way_are_holes_at_the_target() {
+    if !is_root() {
+        let name = "huge_pages_given_back_on_the_way_are_holes_at_the_target";
+        return skip(name, "needs root for huge pages");
+    }
+    let workplace = Workplace::new().expect("a folder");
+    let _pages = HugePages::reserve(&workplace, 2 * (64 << 20)).expect("huge pages");
+    give_back_on_the_way(Some(2 << 20));
 }
 
 #[test]
@@ -311,7 +361,7 @@ fn cut(name: &str, port: u16, cut: impl Fn(&str) + 'static, back: impl Fn(&str) 
     let back = Arc::new(Mutex::new(Some(back)));
     let mender = Arc::new(Mutex::new(None));
     let started = Arc::clone(&mender);
-    let half_way = move || {
+    let half_way = move |_: &Giver| {
         cut(&netdev);
         let (back, netdev) = (back.lock().expect("once").take().expect("once"), netdev.clone());
         let mending = thread::spawn(move || {

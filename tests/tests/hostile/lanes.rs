@@ -30,7 +30,7 @@ const LANES: usize = 2;
 /// More than all socket buffers on the way hold.
 fn shape() -> Shape {
     let (bytes, filled_pages) = (64 << 20, 48 << 8);
-    Shape { bytes, filled_pages, huge: None, writers: 1, pages_per_second: 100 }
+    Shape { bytes, filled_pages, huge: None, writers: 1, pages_per_second: 100, gives_back: false }
 }
 
 fn caller(stream: TcpStream) -> Caller {
