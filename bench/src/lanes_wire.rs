@@ -133,6 +133,7 @@ impl<'a> Lanes<'a> {
                     lane: LaneId(lane),
                     ticket: TICKET,
                     cpu: way.cpu(lane),
+                    route: None,
                 };
                 let plan = rdma::ConnectPlan::new(to, SESSION, (0..way.lanes).map(lane).collect());
                 let plan = rdma::ConnectPlan { from, connect_wait: WAIT_MAX, ..plan };

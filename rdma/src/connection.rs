@@ -49,7 +49,8 @@ pub(crate) fn dial(
     let deadline = Instant::now() + plan.connect_wait;
     let id = CmId::new()?;
     id.set_ack_timeout(limits::ACK_TIMEOUT_EXPONENT);
-    resolve(&id, plan.from, plan.addr, deadline, stop)?;
+    let (from, to) = plan.way(lane);
+    resolve(&id, from, to, deadline, stop)?;
     let context = Devices::open()?.context(id.verbs())?;
     let domain = memory.domain(&context)?;
     let mut qp = QueuePair::new(id, &domain, plan.depth, lane.lane.0.into())?;

@@ -40,16 +40,28 @@ impl RdmaMemory {
         let this = Self::new(memory, pin, Access::RemoteWrite, threads);
         // How much of it will hold something is not known yet; and said now, TCP can still be taken
         // instead.
-        memlock::allow(this.memory.regions().iter().map(|region| region.len()).sum())?;
+        this.may_be_pinned_by(1)?;
         Ok(this)
     }
 
-    /// A source's memory, which is only read. Unless all of it is to be pinned, nothing is
-    /// registered before the first round ([`Self::begin`]): registering populates what of a slice
-    /// is a hole, and the first pass would take that for the guest's.
-    pub(crate) fn source(memory: GuestMemory, pin: Pin, threads: usize) -> Result<Self, RdmaError> {
+    /// Whether so many devices may pin all of it; each counts on its own.
+    pub fn may_be_pinned_by(&self, devices: u64) -> Result<(), RdmaError> {
+        let bytes: u64 = self.memory.regions().iter().map(|region| region.len()).sum();
+        memlock::allow(bytes.saturating_mul(devices))
+    }
+
+    /// A source's memory, which is only read. Unless all of it is pinned, none is before the
+    /// first round ([`Self::begin`]): registering populates what of a slice is a hole, and the
+    /// first pass would take that for the guest's. Each of `devices` pins it on its own account.
+    pub(crate) fn source(
+        memory: GuestMemory,
+        pin: Pin,
+        threads: usize,
+        devices: u64,
+    ) -> Result<Self, RdmaError> {
         let this = Self::new(memory, pin, Access::LocalRead, threads);
         if pin == Pin::All {
+            this.may_be_pinned_by(devices)?;
             this.begin(Vec::new())?;
             return Ok(this);
         }
@@ -60,7 +72,7 @@ impl RdmaMemory {
         // Said now, while TCP can still be taken instead. Whole slices are pinned; the target may
         // cut larger ones than we would, and then it is said when they are.
         let slices = Slices::choose(&this.memory, pin, u64::MAX);
-        memlock::allow(slices.bytes_of(&extents))?;
+        memlock::allow(slices.bytes_of(&extents).saturating_mul(devices))?;
         Ok(this)
     }
 

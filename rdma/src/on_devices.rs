@@ -71,7 +71,7 @@ impl Attempt {
         let target = memory();
         let registered = match may_be_written {
             true => RdmaMemory::target(target.clone(), Pin::Touched, 1),
-            false => RdmaMemory::source(target.clone(), Pin::Touched, 1),
+            false => RdmaMemory::source(target.clone(), Pin::Touched, 1, 1),
         };
         let registered = Arc::new(registered.expect("allowed"));
         registered.begin(Vec::new()).expect("allowed");
@@ -83,11 +83,11 @@ impl Attempt {
             lanes.push(TargetLane::start(arriving, memory, &config, to_events.clone()));
         });
         let listener = listener.expect("listening");
-        let lane = LanePlan { lane: LaneId(0), ticket: Ticket([0; 32]), cpu: None };
+        let lane = LanePlan { lane: LaneId(0), ticket: Ticket([0; 32]), cpu: None, route: None };
         let address = SocketAddr::new(there, listener.port());
         let plan = ConnectPlan::new(address, SessionId(1), vec![lane.clone()]);
         let plan = ConnectPlan { from: Some(here), connect_wait: SOON, ..plan };
-        let source = RdmaMemory::source(memory(), Pin::Touched, 1).expect("allowed");
+        let source = RdmaMemory::source(memory(), Pin::Touched, 1, 1).expect("allowed");
         source.begin(Vec::new()).expect("allowed");
         let stop = Arc::new(Stop::new().expect("an eventfd"));
         let mut line = connection::dial(&plan, &lane, &source, &stop).expect("connected");

@@ -1,5 +1,6 @@
 //! What the caller decides about lanes before they start.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +30,17 @@ pub struct LanePlan {
     pub ticket: Ticket,
     /// The core to pin its worker to.
     pub cpu: Option<usize>,
+    /// From which address to which, where that is not the plan's: over a rail of its own.
+    pub route: Option<LaneRoute>,
+}
+
+/// The way of one lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneRoute {
+    /// An address of a device here.
+    pub from: IpAddr,
+    /// Where the target listens for RDMA on it.
+    pub to: SocketAddr,
 }
 
 /// How a source opens its lanes.
@@ -68,6 +80,17 @@ impl ConnectPlan {
             connect_wait: limits::CONNECT_WAIT_MAX,
             progress_wait: limits::PROGRESS_WAIT_MAX,
         }
+    }
+
+    /// From where to where a lane goes.
+    pub(crate) fn way(&self, lane: &LanePlan) -> (Option<IpAddr>, SocketAddr) {
+        lane.route.map_or((self.from, self.addr), |route| (Some(route.from), route.to))
+    }
+
+    /// Devices that the lanes use: one for each address they go out from.
+    pub(crate) fn devices(&self) -> u64 {
+        let from: HashSet<_> = self.lanes.iter().map(|lane| self.way(lane).0).collect();
+        from.len().max(1) as u64
     }
 }
 

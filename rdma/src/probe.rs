@@ -113,6 +113,14 @@ pub fn probe_host() -> RdmaProbe {
     probe(Path::new("/"))
 }
 
+/// Network interfaces of this host that have an RDMA device with reliable connections, whether or
+/// not its port is up.
+pub fn interfaces() -> Vec<String> {
+    let devices = probe_host().devices.into_iter();
+    let ports = devices.flat_map(|device| device.ports);
+    ports.filter(|port| port.transport != Transport::Other).filter_map(|port| port.netdev).collect()
+}
+
 /// Probes the file system below `root`, which tests fill as they like.
 pub fn probe(root: &Path) -> RdmaProbe {
     let class = root.join("sys/class/infiniband");

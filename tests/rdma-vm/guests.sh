@@ -63,11 +63,11 @@ start_guest() { # ROLE
   mapfile -t extra < <(shares)
   devices+=("${extra[@]}")
   if [ "$TOPOLOGY" = two-guests ]; then
-    # The client's QEMU connects when it starts, so the server's socket must be there.
-    while [ "$role" = client ] && ! [ -S "$RUN/peer" ] && kill -0 "${QEMU[server]}" 2>/dev/null; do
+    # The client's QEMU connects when it starts, so the server's sockets must be there.
+    while [ "$role" = client ] && ! [ -S "$RUN/peer$((WIRES - 1))" ] && kill -0 "${QEMU[server]}" 2>/dev/null; do
       sleep 0.05
     done
-    mapfile -t extra < <(peer_card "$role")
+    mapfile -t extra < <(peer_cards "$role")
     devices+=("${extra[@]}")
   fi
   start_qemu "$role" "$ACCEL" "${devices[@]}"
@@ -109,7 +109,7 @@ write_settings() { # ROLE
   } >"$share/settings"
   {
     # The command of a single guest plays both parts.
-    echo "ROLE=${1/guest/both} DRIVER=$DRIVER TOPOLOGY=$TOPOLOGY MTU=$MTU NESTED_KVM=$NESTED_KVM GUESTS=${#ROLES[@]}"
+    echo "ROLE=${1/guest/both} DRIVER=$DRIVER TOPOLOGY=$TOPOLOGY WIRES=$WIRES MTU=$MTU NESTED_KVM=$NESTED_KVM GUESTS=${#ROLES[@]}"
   } >"$share/session.settings"
   {
     for name in PATH HOME USER LANG LC_ALL TERM "${ENVIRONMENT[@]}"; do

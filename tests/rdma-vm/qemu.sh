@@ -42,12 +42,14 @@ start_qemu() {
   STARTED_PID=$!
 }
 
-# The network card that joins two guests; the server's QEMU listens.
-peer_card() { # ROLE
-  local server=on mac=52:54:00:00:00:01
-  [ "$1" = client ] && server=off mac=52:54:00:00:00:02
-  printf '%s\n' -netdev "stream,id=peer,server=$server,addr.type=unix,addr.path=peer" \
-    -device "virtio-net-pci,netdev=peer,romfile=,host_mtu=$MTU,mac=$mac"
+# The network cards that join two guests, one for each wire; the server's QEMU listens.
+peer_cards() { # ROLE
+  local server=on end=1 wire
+  [ "$1" = client ] && server=off end=2
+  for ((wire = 0; wire < WIRES; wire++)); do
+    printf '%s\n' -netdev "stream,id=peer$wire,server=$server,addr.type=unix,addr.path=peer$wire" \
+      -device "virtio-net-pci,netdev=peer$wire,romfile=,host_mtu=$MTU,mac=52:54:00:00:0$wire:0$end"
+  done
 }
 
 # The host's tree and the caller's writable folders. A comma in a path is doubled for QEMU.

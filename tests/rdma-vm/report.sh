@@ -29,6 +29,7 @@ and libraries, the same working folder; what it writes is lost, except in folder
                                                                        [the release's own]
   --mem MIB --smp N            of each guest                  [1024; 2, or 1 with two guests]
   --hugepages N                2 MiB pages reserved in the guest; adds to the default --mem  [0]
+  --wires N                    between two guests, each with a device and a network of its own [1]
   --mtu N                      of the network under the device                        [9000]
   --timeout SECONDS            of one driver's run, boot included                     [600]
   --env NAME[=VALUE]           given to COMMAND beside PATH HOME USER LANG LC_ALL TERM
@@ -49,6 +50,7 @@ COMMAND finds in its environment
   PF_ROLE                 server or client with two guests, else both
   PF_RDMA_DEV PF_LOCAL_ADDR PF_NETDEV            its device, its address, the network device
   PF_PEER_DEV PF_PEER_ADDR PF_PEER_NETDEV        the other side's (the same ones in one-guest)
+  PF_WIRES, PF_RDMA_DEV_1 PF_LOCAL_ADDR_1 …      of each wire, with two guests
 and on its PATH
   rdma-vm-pair SERVER CLIENT   runs two shell commands, the client when the server listens, each
                                with the variables of its side, in every topology

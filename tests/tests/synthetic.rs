@@ -146,6 +146,19 @@ impl Scene {
         })
     }
 
+    /// On several wires between two machines, each with an RDMA device; `None`, said, elsewhere.
+    fn rails(test: &str, port: u16) -> Option<Self> {
+        let variable = |name| std::env::var(name).unwrap_or_default();
+        if variable("PF_WIRES").parse().unwrap_or(1) < 2 || variable("PF_RDMA_DEV_1").is_empty() {
+            skip(test, "needs two wires with RDMA devices (make test-rdma)");
+            return None;
+        }
+        let is_source = variable("PF_ROLE") == "client";
+        let at = if is_source { variable("PF_PEER_ADDR") } else { "0.0.0.0".into() };
+        let to = format!("{at}:{port}");
+        Some(Self { to, has_source: is_source, has_target: !is_source })
+    }
+
     /// Moves a guest; `more` are arguments of `migrate`. `None` at a machine that only sends.
     fn move_guest(&self, shape: &Shape, more: &[&str], half_way: Option<HalfWay>) -> Moved {
         let state = tempfile::tempdir().expect("a folder");
@@ -304,6 +317,62 @@ fn rdma_a_guest_on_huge_pages_moves() {
     // Whole huge pages are dirty: what is written has to fit into a pause.
     let shape = Shape { writers: 1, pages_per_second: 20, ..shape(8, Some(2 << 20)) };
     scene.move_by_rdma(&shape, "2");
+}
+
+/// Bytes that went over the rail of a NIC here.
+fn over(summary: &Value, netdev: &str) -> u64 {
+    let rails = summary["rails"].as_array().into_iter().flatten();
+    let of = rails.filter(|rail| rail["device"] == netdev);
+    of.map(|rail| rail["moved_bytes"].as_u64().unwrap_or(0)).sum()
+}
+
+/// Two emulated machines on busy cores: retries run out now and then without a cause, so all that is
+/// sure is that RDMA is not given up, and that each device has moved something.
+#[test]
+fn rails_on_two_devices_both_carry_a_guest() {
+    let Some(scene) = Scene::rails("rails_on_two_devices_both_carry_a_guest", 4821) else { return };
+    let more = ["--transport", "rdma", "--lanes", "2", "--downtime-ms", "1000"];
+    let moved = scene.move_guest(&shape(16, None), &more, None);
+    if scene.has_target {
+        return assert_goes_on(&moved.arrived.expect("it arrived"));
+    }
+    moved.assert_migrated("rdma");
+    let summary = moved.summary();
+    println!("{}", summary["rails"]);
+    for netdev in ["PF_NETDEV_0", "PF_NETDEV_1"] {
+        let netdev = std::env::var(netdev).expect("set with the wires");
+        assert!(over(summary, &netdev) > 1 << 20, "{netdev}: {summary:#}");
+    }
+}
+
+#[test]
+fn rails_on_two_devices_lose_one_in_the_middle_of_a_round_and_carry_on_over_the_other() {
+    let name = "rails_on_two_devices_lose_one_in_the_middle_of_a_round_and_carry_on_over_the_other";
+    let Some(scene) = Scene::rails(name, 4822) else { return };
+    let (kept, lost) = (std::env::var("PF_NETDEV_0"), std::env::var("PF_NETDEV_1"));
+    let (kept, lost) = (kept.expect("set"), lost.expect("set"));
+    let (_kept, _lost) = (Wire(kept.clone()), Wire(lost.clone()));
+    if scene.has_source {
+        // So that there is a half-way: not all of the round is posted at once, either.
+        Wire::spoil(&kept, "rate 50mbit limit 300");
+        Wire::spoil(&lost, "rate 50mbit limit 300");
+    }
+    let link = lost.clone();
+    let half_way = move || {
+        let status = Command::new("ip").args(["link", "set", &link, "down"]).status();
+        assert!(status.is_ok_and(|status| status.success()), "ip link set {link} down");
+    };
+    let more = ["--transport", "rdma", "--lanes", "2", "--downtime-ms", "2000"];
+    let moved = scene.move_guest(&shape(48, None), &more, Some(Box::new(half_way)));
+    if scene.has_target {
+        return assert_goes_on(&moved.arrived.expect("it arrived"));
+    }
+    let (total, taken) = moved.told.done_at.expect("a round was half-way");
+    println!("{lost} down when {} of {} KiB were handed out", taken >> 10, total >> 10);
+    moved.assert_migrated("rdma");
+    let summary = moved.summary();
+    println!("{}", summary["rails"]);
+    assert!(over(summary, &lost) > 0 && over(summary, &kept) > 0, "{summary:#}");
 }
 
 /// This side's end of a wire of its own; mended when dropped.

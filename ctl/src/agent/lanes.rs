@@ -204,23 +204,33 @@ pub fn refused_rdma(choice: &Choice) -> Option<&str> {
     Some(&refused.reason)
 }
 
-/// Source: connects every lane of the choice over RDMA; what went wrong is a text.
+/// Source: connects every lane of the choice over RDMA, by `rails` if there are any; what went
+/// wrong, and with which lane, is a text.
 pub fn open_rdma(
-    address: SocketAddr,
+    (address, rails): (SocketAddr, &[Rail]),
     session: SessionId,
     choice: &Choice,
     lanes: &LaneChoice,
     memory: &GuestMemory,
     events: Sender<LaneEvent>,
-) -> Result<Box<dyn SourceLanes>, String> {
-    let port = choice.rdma_port.ok_or("the target did not say where it listens")?;
+) -> Result<Box<dyn SourceLanes>, (LaneId, String)> {
+    let nowhere = || (LaneId(0), "the target did not say where it listens".to_owned());
+    let port = choice.rdma_port.ok_or_else(nowhere)?;
     let address = SocketAddr::new(address.ip(), port);
+    let route = |rail: &Rail| rdma::LaneRoute {
+        from: rail.from,
+        // That of the pair's control port is another.
+        to: SocketAddr::new(rail.to.ip(), port),
+    };
     let plans = choice.lanes.iter().enumerate().map(|(lane, ticket)| rdma::LanePlan {
         lane: LaneId(lane as u16),
         ticket: ticket.ticket,
         cpu: lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
+        route: rails.get(lane % rails.len().max(1)).map(route),
     });
-    rdma::connect(address, session, plans.collect(), (lanes.pin, &lanes.pacer), memory, events)
+    let progress_wait = rails::progress_wait(rails.len());
+    let terms = rdma::Terms { pin: lanes.pin, pacer: &lanes.pacer, progress_wait };
+    rdma::connect(address, session, plans.collect(), terms, memory, events)
 }
 
 /// Source: connects every lane of the choice over TCP, by `rails` if there are any, each to a receive

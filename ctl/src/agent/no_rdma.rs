@@ -25,6 +25,17 @@ pub struct LanePlan {
     pub ticket: Ticket,
     /// The core to pin its worker to.
     pub cpu: Option<usize>,
+    /// From which address to which, where that is not the plan's.
+    pub route: Option<LaneRoute>,
+}
+
+/// The way of one lane.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneRoute {
+    /// An address here.
+    pub from: IpAddr,
+    /// One of the target.
+    pub to: SocketAddr,
 }
 
 /// Never arrives.
@@ -59,16 +70,32 @@ pub fn why_not() -> Option<String> {
     Some(WHY_NOT.into())
 }
 
+/// No NIC has what this program could use.
+pub fn interfaces() -> Vec<String> {
+    Vec::new()
+}
+
+/// What all lanes have.
+#[derive(Debug)]
+pub struct Terms<'a> {
+    /// Of this side.
+    pub pin: Pin,
+    /// What they are held to.
+    pub pacer: &'a std::sync::Arc<pageferry_datapath::pace::Pacer>,
+    /// How long one may be without progress.
+    pub progress_wait: Option<std::time::Duration>,
+}
+
 /// Opens none.
 pub fn connect(
     _address: SocketAddr,
     _session: SessionId,
     _lanes: Vec<LanePlan>,
-    _how: (Pin, &std::sync::Arc<pageferry_datapath::pace::Pacer>),
+    _terms: Terms<'_>,
     _memory: &GuestMemory,
     _events: Sender<LaneEvent>,
-) -> Result<Box<dyn SourceLanes>, String> {
-    Err(WHY_NOT.into())
+) -> Result<Box<dyn SourceLanes>, (LaneId, String)> {
+    Err((LaneId(0), WHY_NOT.into()))
 }
 
 /// Never listens.
@@ -81,6 +108,7 @@ impl RdmaTarget {
         _memory: GuestMemory,
         _pin: Pin,
         _at: IpAddr,
+        _devices: u64,
         _threads: usize,
     ) -> Result<(Self, Receiver<ArrivingLane>), String> {
         Err(WHY_NOT.into())

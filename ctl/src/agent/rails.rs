@@ -1,4 +1,5 @@
-//! Rails: pairs of NICs, one of each host, that lanes over TCP are spread over.
+//! Rails: pairs of NICs, one of each host, that lanes are spread over; those over RDMA where both
+//! have an RDMA device.
 //!
 //! ```text
 //!   eth0 10.1.0.1 ═══════ 10.1.0.2 eth0     lanes 0, 2     workers pull batches: a faster rail
@@ -86,6 +87,7 @@ pub fn offered(nics: &[Nic], networks: &[IpNet]) -> Vec<LaneAddress> {
                 address,
                 bits_per_second: nic.bits_per_second,
                 queues: queues(nic),
+                rdma: false,
             })
         })
         .filter(|offer| preference(networks, offer.address).is_some())
@@ -231,12 +233,6 @@ impl Rails {
             self.watch = Some(Watch::start(away, after.filter(|until| *until > now)));
         }
         tracing::info!(rails = ?self.used, "lanes are spread over rails");
-    }
-
-    /// Lanes run on something else.
-    pub fn leave(&mut self) {
-        self.used.clear();
-        self.watch = None;
     }
 
     /// Those that lanes run on: lane N on rail N modulo their number.

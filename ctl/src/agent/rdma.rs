@@ -2,10 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use pageferry_datapath::extent::Extent;
-use pageferry_datapath::ids::SessionId;
+use pageferry_datapath::ids::{LaneId, SessionId};
 use pageferry_datapath::lane::{LaneError, LaneEvent, SourceLanes};
 use pageferry_datapath::pace::Pacer;
 use pageferry_datapath::region::GuestMemory;
@@ -16,7 +17,8 @@ use pageferry_rdma::plan::{self, ConnectPlan, TargetLaneConfig};
 use pageferry_rdma::source::RdmaPool;
 use pageferry_rdma::target::{Listener, TargetLane};
 
-pub use pageferry_rdma::plan::LanePlan;
+pub use pageferry_rdma::plan::{LanePlan, LaneRoute};
+pub use pageferry_rdma::probe::interfaces;
 pub use pageferry_rdma::target::ArrivingLane;
 
 use super::failure;
@@ -30,21 +32,37 @@ pub fn why_not() -> Option<String> {
     pageferry_rdma::probe_host().why_none.map(|why| why.to_string())
 }
 
+/// What all lanes of a source have.
+#[derive(Debug)]
+pub struct Terms<'a> {
+    /// Which memory is pinned here.
+    pub pin: Pin,
+    /// What they are held to.
+    pub pacer: &'a Arc<Pacer>,
+    /// How long one may be without progress, if not for as long as ever.
+    pub progress_wait: Option<Duration>,
+}
+
 /// Source: opens every lane, after a page was written to the target and read back on each. What
-/// went wrong is a text for people.
+/// went wrong, and with which, is a text for people.
 pub fn connect(
     address: SocketAddr,
     session: SessionId,
     lanes: Vec<LanePlan>,
-    (pin, pacer): (Pin, &Arc<Pacer>),
+    terms: Terms<'_>,
     memory: &GuestMemory,
     events: Sender<LaneEvent>,
-) -> Result<Box<dyn SourceLanes>, String> {
-    let pacer = Arc::clone(pacer);
-    let plan = ConnectPlan { pin: pin.into(), pacer, ..ConnectPlan::new(address, session, lanes) };
+) -> Result<Box<dyn SourceLanes>, (LaneId, String)> {
+    let defaults = ConnectPlan::new(address, session, lanes);
+    let plan = ConnectPlan {
+        pin: terms.pin.into(),
+        pacer: Arc::clone(terms.pacer),
+        progress_wait: terms.progress_wait.unwrap_or(defaults.progress_wait),
+        ..defaults
+    };
     match RdmaPool::connect(&plan, memory.clone(), events) {
         Ok(pool) => Ok(Box::new(pool)),
-        Err((_, error)) => Err(text(&error)),
+        Err((lane, error)) => Err((lane, text(&error))),
     }
 }
 
@@ -56,15 +74,18 @@ pub struct RdmaTarget {
 }
 
 impl RdmaTarget {
-    /// Listens at an address of this host; lanes that ask arrive on the channel.
+    /// Listens at an address of this host, or at all of them, so that lanes may come over so many
+    /// devices; lanes that ask arrive on the channel.
     pub fn listen(
         memory: GuestMemory,
         pin: Pin,
         at: IpAddr,
+        devices: u64,
         threads: usize,
     ) -> Result<(Self, Receiver<ArrivingLane>), String> {
         let memory =
             RdmaMemory::target(memory, pin.into(), threads).map_err(|error| text(&error))?;
+        memory.may_be_pinned_by(devices).map_err(|error| text(&error))?;
         let (to_arrivals, arrivals) = unbounded();
         let arrived = move |arrived: Result<ArrivingLane, RdmaError>| match arrived {
             Ok(lane) => {

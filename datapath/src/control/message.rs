@@ -219,6 +219,9 @@ pub struct LaneAddress {
     pub bits_per_second: Option<u64>,
     /// Receive queues that flows are spread over; 1 without RSS.
     pub queues: u32,
+    /// The NIC has an RDMA device, and lanes over RDMA are taken here too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rdma: bool,
 }
 
 /// The right to open one lane.

@@ -344,12 +344,13 @@ fn any_core() -> impl Strategy<Value = CoreUse> {
 }
 
 fn any_address() -> impl Strategy<Value = LaneAddress> {
-    (text(), any::<IpAddr>(), option::of(any::<u64>()), any::<u32>()).prop_map(
-        |(device, address, bits_per_second, queues)| LaneAddress {
+    (text(), any::<IpAddr>(), option::of(any::<u64>()), any::<u32>(), any::<bool>()).prop_map(
+        |(device, address, bits_per_second, queues, rdma)| LaneAddress {
             device,
             address,
             bits_per_second,
             queues,
+            rdma,
         },
     )
 }

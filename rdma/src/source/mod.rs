@@ -67,7 +67,8 @@ impl RdmaPool {
     ) -> Result<Self, (LaneId, RdmaError)> {
         let first = plan.lanes[0].lane;
         let threads = plan.lanes.len();
-        let memory = RdmaMemory::source(memory, plan.pin, threads).map_err(|e| (first, e))?;
+        let memory = RdmaMemory::source(memory, plan.pin, threads, plan.devices());
+        let memory = memory.map_err(|e| (first, e))?;
         let memory = Arc::new(memory);
         let opened: Vec<_> = thread::scope(|scope| {
             let opening: Vec<_> = plan

@@ -187,7 +187,7 @@ fn admit(
 
 /// A plan for `count` lanes.
 pub(crate) fn plan(from: IpAddr, to: SocketAddr, count: u16) -> ConnectPlan {
-    let lane = |lane| LanePlan { lane: LaneId(lane), ticket: TICKET, cpu: None };
+    let lane = |lane| LanePlan { lane: LaneId(lane), ticket: TICKET, cpu: None, route: None };
     let plan = ConnectPlan::new(to, SessionId(1), (0..count).map(lane).collect());
     ConnectPlan { from: Some(from), connect_wait: SOON, progress_wait: SOON, ..plan }
 }

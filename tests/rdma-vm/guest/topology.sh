@@ -3,14 +3,15 @@
 #
 # one-guest    dummy0, one device, connections to itself
 # veth         va <-> vb in one namespace, a device on each, traffic forced over the wire
-# two-guests   eth0 to the other guest, one device in each
+# two-guests   a wire to the other guest, or several; one device in each at the end of each
 #
 # Two namespaces are not among them: rxe moves no traffic there (6.1, 6.12, 6.18).
 # Neither is lo: rdma_cm does not bind a device to it.
 
 readonly ADDR_1=10.77.0.1
 readonly ADDR_2=10.77.0.2
-# Those of qemu.sh's cards too.
+# Those of qemu.sh's first cards too; the number of the wire is in the second number of the address
+# and in the fifth of the MAC.
 readonly MAC_1=52:54:00:00:00:01
 readonly MAC_2=52:54:00:00:00:02
 
@@ -112,16 +113,24 @@ LINES
 }
 
 peer_up() {
-  local device mine=$ADDR_1 peer=$ADDR_2 peer_mac=$MAC_2
-  if [ "$ROLE" = client ]; then
-    mine=$ADDR_2 peer=$ADDR_1 peer_mac=$MAC_1
-  fi
-  [ -e /sys/class/net/eth0 ] || fail "no eth0"
+  local wire
+  for ((wire = WIRES - 1; wire >= 0; wire--)); do wire_up "$wire"; done
+  export PF_WIRES=$WIRES
+}
+
+# wire_up INDEX : its variables end in _INDEX; those of the first one are the session's own too.
+wire_up() {
+  local wire=$1 mine=1 peer=2 card device
+  [ "$ROLE" != client ] || mine=2 peer=1
+  card=$(grep -l "^52:54:00:00:0$wire:0$mine$" /sys/class/net/*/address) || fail "no card of wire $wire"
+  card=$(basename "${card%/address}")
   ip_lines <<LINES
-link set eth0 mtu $MTU up
-addr add $mine/24 dev eth0
-neigh replace $peer lladdr $peer_mac dev eth0 nud permanent
+link set $card mtu $MTU up
+addr add 10.$((77 + wire)).0.$mine/24 dev $card
+neigh replace 10.$((77 + wire)).0.$peer lladdr 52:54:00:00:0$wire:0$peer dev $card nud permanent
 LINES
-  add_device 0 eth0
-  export_side "$mine" "$device" eth0 "$peer" "$device" eth0
+  add_device "$wire" "$card"
+  export "PF_RDMA_DEV_$wire=$device" "PF_NETDEV_$wire=$card"
+  export "PF_LOCAL_ADDR_$wire=10.$((77 + wire)).0.$mine" "PF_PEER_ADDR_$wire=10.$((77 + wire)).0.$peer"
+  export_side "10.$((77 + wire)).0.$mine" "$device" "$card" "10.$((77 + wire)).0.$peer" "$device" "$card"
 }

@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::control::{AbortReason, Choice, CoreUse, LanesLost, LanesPlaced, NewLanes};
 use pageferry_datapath::holes::HoleLook;
-use pageferry_datapath::ids::{RoundIndex, SessionId};
+use pageferry_datapath::ids::{LaneId, RoundIndex, SessionId};
 use pageferry_datapath::lane::{LaneEvent, LanePath, LaneStats, SourceLanes};
 use pageferry_datapath::region::GuestMemory;
 use pageferry_datapath::source::{Failure, Input};
@@ -21,6 +21,7 @@ use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
 use super::super::queues::{self, Picked};
 use super::super::rails::{Rail, Rails, nics};
+use super::super::rdma;
 use crate::limits;
 use crate::report::events::{RailDetail, RssDetail};
 
@@ -77,6 +78,8 @@ pub(super) struct Mover {
     path_reason: Option<String>,
     lanes: Option<Box<dyn SourceLanes>>,
     rails: Rails,
+    /// When RDMA was last lost, it was on one of several rails.
+    has_other_rails: bool,
     /// What went over each rail that lanes ran on.
     over_rails: Vec<RailDetail>,
     /// Source ports that were picked for the lanes, if they are over TCP.
@@ -111,6 +114,7 @@ impl Mover {
         Self {
             wanted,
             rails,
+            has_other_rails: false,
             over_rails: Vec::new(),
             picked: None,
             arrived: None,
@@ -143,6 +147,8 @@ impl Mover {
         let no_rdma = match (chosen, &self.wanted.no_rdma) {
             (Some(LanePath::Rdma), _) => match self.open_rdma(choice, way) {
                 Ok(()) => return Ok(()),
+                // The tickets of lanes that came about are used up: with new ones, over the others.
+                Err(why) if self.rails.used().len() > 1 => return Err(over_others(why)),
                 Err(why) => why,
             },
             (_, Some(why)) => why.clone(),
@@ -165,11 +171,17 @@ impl Mover {
 
     fn open_rdma(&mut self, choice: &Choice, way: Way<'_>) -> Result<(), String> {
         let Way { address, session, memory, .. } = way;
-        let events = self.to_events.clone();
-        let opened = lanes::open_rdma(address, session, choice, &self.wanted, memory, events);
-        self.lanes = Some(opened?);
+        let (interfaces, events) = (rdma::interfaces(), self.to_events.clone());
+        let own: Vec<_> = nics().into_iter().filter(|nic| interfaces.contains(&nic.name)).collect();
+        let theirs: Vec<_> = choice.addresses.iter().filter(|it| it.rdma).cloned().collect();
+        self.rails.choose(&own, &theirs, address);
+        let over = (address, self.rails.used());
+        let opened = lanes::open_rdma(over, session, choice, &self.wanted, memory, events);
+        self.lanes = Some(opened.map_err(|(lane, why)| {
+            self.blame(lane);
+            why
+        })?);
         self.path = Some(LanePath::Rdma);
-        self.rails.leave();
         let reason = "on each lane a page was written to the target and read back";
         self.path_reason = Some(reason.into());
         Ok(())
@@ -217,6 +229,7 @@ impl Mover {
     /// back.
     pub(super) fn rails_changed(&mut self) -> Option<RailsChanged> {
         self.lanes.as_ref()?;
+        let over_rdma = self.path == Some(LanePath::Rdma);
         let (text, dead) = match self.rails.without_carrier() {
             Some(rail) => {
                 let Rail { device, from, .. } = self.rails.used()[rail].clone();
@@ -228,6 +241,8 @@ impl Mover {
             }
             None => return None,
         };
+        // RDMA itself is as good as it was.
+        self.has_other_rails = over_rdma;
         let why = Failure { reason: AbortReason::HostFailed, by_peer: false, text, hint: None };
         Some(RailsChanged { why, dead })
     }
@@ -286,11 +301,17 @@ impl Mover {
                 }
             }
             LaneEvent::Failed { lane, error, .. } => {
-                self.rails.blame(usize::from(lane.0));
+                self.blame(lane);
                 return Said::Lost(failure::host("moving memory", &error, Some(LANE_HINT.into())));
             }
             LaneEvent::Closed { .. } => Input::Tick,
         })
+    }
+
+    /// A lane's rail is left alone for a while, if there are others.
+    fn blame(&mut self, lane: LaneId) {
+        self.has_other_rails = self.rails.used().len() > 1;
+        self.rails.blame(usize::from(lane.0));
     }
 
     fn round_placed(&mut self, round: RoundIndex) -> Input {
@@ -330,8 +351,9 @@ impl Mover {
         if let Some(lost) = &mut self.lost {
             lost.asked = true;
         }
-        // RDMA that was lost may be back at once; the second time it is left alone.
-        let once_more = self.renewed == 0;
+        // RDMA that was lost may be back at once; the second time it is left alone, unless there are
+        // other devices for it.
+        let once_more = self.renewed == 0 || self.has_other_rails;
         let paths = self.wanted.paths().into_iter();
         let paths = paths.filter(|path| *path != LanePath::Rdma || once_more || self.only_rdma());
         let round = self.moving.as_ref().map(|(round, _)| *round);
@@ -441,6 +463,11 @@ impl Mover {
     pub(super) fn take_stats(&mut self) -> Vec<LaneStats> {
         std::mem::take(&mut self.stats)
     }
+}
+
+fn over_others(why: String) -> Failure {
+    let text = format!("no lanes over RDMA: {why}");
+    Failure { reason: AbortReason::HostFailed, by_peer: false, text, hint: None }
 }
 
 fn misbehaved(what: &str) -> Failure {

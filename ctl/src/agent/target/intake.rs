@@ -2,7 +2,7 @@
 //!
 //! Owned by the session's loop, on its thread; the lanes' workers only send events.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
@@ -33,6 +33,7 @@ use super::super::rails;
 use super::super::rdma::{self, RdmaTarget};
 use super::super::tickets::{Over, Tickets};
 use crate::cores::Topology;
+use crate::limits;
 
 /// A lane that was taken.
 enum Taken {
@@ -69,6 +70,8 @@ pub(super) struct Intake {
     told: Option<RoundIndex>,
     /// Lanes over RDMA are taken, unless the source carries on over TCP.
     rdma: Option<RdmaTarget>,
+    /// At every address.
+    rdma_everywhere: bool,
     rdma_arrivals: Receiver<rdma::ArrivingLane>,
     fell_back: bool,
     /// A lane is gone, and the source has not said yet what becomes of it.
@@ -97,6 +100,7 @@ impl Intake {
             placed: 0,
             told: None,
             rdma: None,
+            rdma_everywhere: false,
             rdma_arrivals: never(),
             fell_back: false,
             failed: None,
@@ -256,12 +260,17 @@ impl Intake {
         queues::told(&rails::nics(), &addresses, &self.wanted.cpus)
     }
 
-    /// Where lanes over TCP are taken, beside where the control connection came to.
+    /// Where lanes are taken, beside where the control connection came to.
     fn addresses(&self) -> Vec<LaneAddress> {
-        match self.wanted.everywhere {
-            true => rails::offered(&rails::nics(), &self.wanted.networks),
-            false => Vec::new(),
+        if !self.wanted.everywhere {
+            return Vec::new();
         }
+        let mut offered = rails::offered(&rails::nics(), &self.wanted.networks);
+        if self.rdma_everywhere {
+            let interfaces = rdma::interfaces();
+            offered.iter_mut().for_each(|it| it.rdma = interfaces.contains(&it.device));
+        }
+        offered
     }
 
     /// Listens for lanes over RDMA, or says why not.
@@ -276,9 +285,19 @@ impl Intake {
             return Err(why.clone());
         }
         let at = at.ok_or("the source is gone")?;
-        let threads = self.wanted.cpus.len();
-        let (rdma, arrivals) =
-            RdmaTarget::listen(self.memory.clone(), self.wanted.pin, at, threads)?;
+        let (pin, threads) = (self.wanted.pin, self.wanted.cpus.len());
+        let listen =
+            |at, devices| RdmaTarget::listen(self.memory.clone(), pin, at, devices, threads);
+        // Over all devices, or, where so much may not be pinned, over the one that was named.
+        let devices = rdma::interfaces().len().min(limits::RAILS_MAX) as u64;
+        let everywhere = match self.wanted.everywhere && devices > 1 {
+            true => listen(unspecified(at), devices)
+                .inspect_err(|why| tracing::warn!(%why, "RDMA over one device only"))
+                .ok(),
+            false => None,
+        };
+        self.rdma_everywhere = everywhere.is_some();
+        let (rdma, arrivals) = everywhere.map_or_else(|| listen(at, 1), Ok)?;
         (self.rdma, self.rdma_arrivals) = (Some(rdma), arrivals);
         Ok(())
     }
@@ -411,6 +430,14 @@ impl Intake {
             }
         }
         placed
+    }
+}
+
+/// Every address of the family.
+fn unspecified(like: IpAddr) -> IpAddr {
+    match like {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     }
 }
 
