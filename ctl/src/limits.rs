@@ -139,6 +139,11 @@ pub const RAIL_LOOKS_EVERY: Duration = Duration::from_secs(1);
 /// thought dead.
 pub const RAIL_PROGRESS_WAIT_MAX: Duration = Duration::from_secs(2);
 
+/// A rail of RDMA lanes that are silent for that long is asked by other means, and has this long to
+/// answer: one question lost and sent again after a second is no sign of death. So a lane that only
+/// waits for its turn, on a slow link or a busy machine, is left in peace.
+pub const RAIL_STILL_ANSWERS_WITHIN: Duration = Duration::from_millis(1500);
+
 /// How long a rail whose lanes failed is left alone; each time twice as long as before.
 pub const RAIL_PAUSE_MIN: Duration = Duration::from_secs(1);
 

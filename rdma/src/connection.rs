@@ -75,6 +75,9 @@ pub(crate) fn dial(
     let registered = memory.registered(&domain, Some(accept.slice_bytes))?;
     let mut line = Line::new(qp, mailbox, Arc::clone(stop));
     try_scratch(&mut line, accept.scratch, deadline)?;
+    if let Some(still_there) = &plan.still_there {
+        line.ask_when_silent(lane.lane, still_there.clone());
+    }
     Ok(Dialled { line, registered, device: context.limits().name.clone() })
 }
 

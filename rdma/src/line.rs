@@ -17,12 +17,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pageferry_datapath::ids::LaneId;
 
 use crate::cm_sys::CmEvent;
 use crate::error::{CmEventKind, RdmaError, Status};
-use crate::limits::EXPLAIN_WAIT;
+use crate::limits::{EXPLAIN_WAIT, PROGRESS_WAIT_MAX};
 use crate::mailbox::Mailbox;
 use crate::message::Message;
+use crate::plan::StillThere;
 use crate::qp_sys::{Completion, QueuePair};
 use crate::spin::Spin;
 use crate::stop::Stop;
@@ -33,6 +35,8 @@ pub(crate) struct Line {
     pub(crate) qp: QueuePair,
     pub(crate) mailbox: Mailbox,
     stop: Arc<Stop>,
+    /// Whom to ask when nothing arrives, and about which lane.
+    still_there: Option<(LaneId, StillThere)>,
     spin: Spin,
     completions: Vec<Completion>,
     messages: VecDeque<Message>,
@@ -48,12 +52,18 @@ impl Line {
             qp,
             mailbox,
             stop,
+            still_there: None,
             spin: Spin::new(),
             completions: Vec::new(),
             messages: VecDeque::new(),
             done: VecDeque::new(),
             sleeps: 0,
         }
+    }
+
+    /// From here on silence is no failure while this one says that the other end is there.
+    pub(crate) fn ask_when_silent(&mut self, lane: LaneId, still_there: StillThere) {
+        self.still_there = Some((lane, still_there));
     }
 
     pub(crate) fn stop(&self) -> &Stop {
@@ -93,12 +103,21 @@ impl Line {
         Ok(())
     }
 
-    /// Waits for something to arrive; nothing for this long is an error.
+    /// Waits for something to arrive; nothing for this long is an error, unless the other end is
+    /// known to be there.
     pub(crate) fn progress(&mut self, limit: Duration) -> Result<(), RdmaError> {
-        match self.wait(limit)? {
-            true => Ok(()),
-            false => Err(self.cause(RdmaError::Stalled { waited_ms: limit.as_millis() as u64 })),
+        let since = Instant::now();
+        while !self.wait(limit)? {
+            if since.elapsed() >= PROGRESS_WAIT_MAX || !self.is_still_there() {
+                let waited_ms = since.elapsed().as_millis() as u64;
+                return Err(self.cause(RdmaError::Stalled { waited_ms }));
+            }
         }
+        Ok(())
+    }
+
+    fn is_still_there(&self) -> bool {
+        self.still_there.as_ref().is_some_and(|(lane, still_there)| still_there.ask(*lane))
     }
 
     /// Waits for something to arrive, for at most this long; whether something did.

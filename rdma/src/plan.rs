@@ -1,6 +1,7 @@
 //! What the caller decides about lanes before they start.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,6 +44,30 @@ pub struct LaneRoute {
     pub to: SocketAddr,
 }
 
+/// Says whether the other end of a lane's way still answers by other means than the lane.
+///
+/// A lane that is silent for a while is not dead: on a slow link, or on a busy machine, it waits for
+/// its turn. How long that takes is not known, but whoever is there answers meanwhile.
+#[derive(Clone)]
+pub struct StillThere(Arc<dyn Fn(LaneId) -> bool + Send + Sync>);
+
+impl StillThere {
+    /// Asked by a lane's worker, which does nothing else until it is told.
+    pub fn new(ask: impl Fn(LaneId) -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(ask))
+    }
+
+    pub(crate) fn ask(&self, lane: LaneId) -> bool {
+        (self.0)(lane)
+    }
+}
+
+impl fmt::Debug for StillThere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StillThere")
+    }
+}
+
 /// How a source opens its lanes.
 #[derive(Clone, Debug)]
 pub struct ConnectPlan {
@@ -62,8 +87,11 @@ pub struct ConnectPlan {
     pub depth: u32,
     /// Resolving, connecting and probing one lane.
     pub connect_wait: Duration,
-    /// A lane without progress for this long has failed.
+    /// A lane without progress for this long has failed, unless there is somebody to ask.
     pub progress_wait: Duration,
+    /// Asked each time when that is over; a lane whose other end answers has failed only after
+    /// [`limits::PROGRESS_WAIT_MAX`].
+    pub still_there: Option<StillThere>,
 }
 
 impl ConnectPlan {
@@ -79,6 +107,7 @@ impl ConnectPlan {
             depth: limits::SEND_DEPTH,
             connect_wait: limits::CONNECT_WAIT_MAX,
             progress_wait: limits::PROGRESS_WAIT_MAX,
+            still_there: None,
         }
     }
 

@@ -15,7 +15,7 @@ use pageferry_datapath::work::RoundWork;
 use pageferry_rdma::error::{RdmaError, Status};
 use pageferry_rdma::guest::RdmaMemory;
 use pageferry_rdma::limits::LOCKED_BESIDE_BYTES;
-use pageferry_rdma::plan::{ConnectPlan, Pin};
+use pageferry_rdma::plan::{ConnectPlan, Pin, StillThere};
 use pageferry_rdma::source::RdmaPool;
 
 use support::{
@@ -192,6 +192,49 @@ fn a_black_hole_in_the_middle_of_a_round_is_noticed_and_new_lanes_carry_on() {
         true,
         |error| matches!(error, RdmaError::Completion { status: Status::RetryExceeded, .. }),
     );
+}
+
+/// Each answer takes ten times as long as a lane waits: only what is said by others tells it from one
+/// that never comes.
+#[test]
+fn a_silent_lane_whose_other_end_answers_by_other_means_is_left_in_peace() {
+    let name = "a_silent_lane_whose_other_end_answers_by_other_means_is_left_in_peace";
+    const SIZES: [u64; 1] = [1 << 20];
+    let Some((here, there)) = addresses(name) else { return };
+    let Some(wire) = Wire::of(name) else { return };
+    for answers in [true, false] {
+        let target = Target::listen(there, &SIZES, Pin::Touched);
+        let source_memory = memory(&SIZES);
+        whole(&source_memory).into_iter().for_each(|extent| fill(&source_memory, extent, 4));
+        let asked = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let counted = std::sync::Arc::clone(&asked);
+        let ask = move |lane| {
+            assert_eq!(lane, LaneId(0));
+            counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            answers
+        };
+        let plan = ConnectPlan {
+            progress_wait: Duration::from_millis(40),
+            still_there: Some(StillThere::new(ask)),
+            ..plan(here, target.address, 1)
+        };
+        let mut source = Source::connect(&plan, &source_memory);
+        target.begin();
+        wire.spoil("delay 400ms");
+        if answers {
+            source.move_round(0, whole(&source_memory));
+            assert_eq!(digest(&source_memory), digest(&target.memory));
+        } else {
+            let work = RoundWork::new(RoundIndex(0), whole(&source_memory));
+            source.pool.move_round(std::sync::Arc::new(work));
+            let (_, errors) = failures(&source, 1);
+            assert!(matches!(errors[..], [LaneError::Timeout { .. }]), "{errors:?}");
+        }
+        let asked = asked.load(std::sync::atomic::Ordering::Relaxed);
+        println!("answers: {answers}, asked {asked} times");
+        assert!(asked > 0 && (answers || asked == 1), "{asked}");
+        wire.mend();
+    }
 }
 
 /// To be run last: soft-RoCE's connection manager does not survive that a message of its own finds

@@ -20,13 +20,14 @@ use pageferry_uring::plan::{
     ConnectPlan, HolePlan, LanePlan, LaneTls, NarrowingWish, PathWish, SocketTuning,
     TargetLaneConfig, ZeroCopyWish,
 };
-use pageferry_uring::source::LanePool;
+use pageferry_uring::source::{LanePool, reaches};
 
 use super::compress::Compress;
 use super::queues::{self, Picked};
 use super::rails::{self, Rail};
 use super::rdma;
 use crate::cores;
+use crate::limits;
 
 /// Eight connections fill 100 GbE; more only cost.
 const LANES_DEFAULT_MAX: u16 = 8;
@@ -229,8 +230,19 @@ pub fn open_rdma(
         route: rails.get(lane % rails.len().max(1)).map(route),
     });
     let progress_wait = rails::progress_wait(rails.len());
-    let terms = rdma::Terms { pin: lanes.pin, pacer: &lanes.pacer, progress_wait };
+    let still_there = (!rails.is_empty()).then(|| still_there(rails.to_vec()));
+    let terms = rdma::Terms { pin: lanes.pin, pacer: &lanes.pacer, progress_wait, still_there };
     rdma::connect(address, session, plans.collect(), terms, memory, events)
+}
+
+/// Asks a lane's rail whether the target still answers on it.
+fn still_there(rails: Vec<Rail>) -> rdma::StillThere {
+    rdma::StillThere::new(move |lane| {
+        let rail = &rails[usize::from(lane.0) % rails.len()];
+        let answers = reaches(&rail.route(), limits::RAIL_STILL_ANSWERS_WITHIN);
+        tracing::debug!(%lane, answers, device = rail.device, "a lane is silent");
+        answers
+    })
 }
 
 /// Source: connects every lane of the choice over TCP, by `rails` if there are any, each to a receive

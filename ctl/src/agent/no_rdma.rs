@@ -75,6 +75,17 @@ pub fn interfaces() -> Vec<String> {
     Vec::new()
 }
 
+/// Never asked.
+#[derive(Debug)]
+pub struct StillThere;
+
+impl StillThere {
+    /// Whatever would be asked.
+    pub fn new(_ask: impl Fn(LaneId) -> bool + Send + Sync + 'static) -> Self {
+        Self
+    }
+}
+
 /// What all lanes have.
 #[derive(Debug)]
 pub struct Terms<'a> {
@@ -84,6 +95,8 @@ pub struct Terms<'a> {
     pub pacer: &'a std::sync::Arc<pageferry_datapath::pace::Pacer>,
     /// How long one may be without progress.
     pub progress_wait: Option<std::time::Duration>,
+    /// Whom to ask after that.
+    pub still_there: Option<StillThere>,
 }
 
 /// Opens none.

@@ -17,7 +17,7 @@ use pageferry_rdma::plan::{self, ConnectPlan, TargetLaneConfig};
 use pageferry_rdma::source::RdmaPool;
 use pageferry_rdma::target::{Listener, TargetLane};
 
-pub use pageferry_rdma::plan::{LanePlan, LaneRoute};
+pub use pageferry_rdma::plan::{LanePlan, LaneRoute, StillThere};
 pub use pageferry_rdma::probe::interfaces;
 pub use pageferry_rdma::target::ArrivingLane;
 
@@ -41,6 +41,8 @@ pub struct Terms<'a> {
     pub pacer: &'a Arc<Pacer>,
     /// How long one may be without progress, if not for as long as ever.
     pub progress_wait: Option<Duration>,
+    /// Whom to ask after that.
+    pub still_there: Option<StillThere>,
 }
 
 /// Source: opens every lane, after a page was written to the target and read back on each. What
@@ -58,6 +60,7 @@ pub fn connect(
         pin: terms.pin.into(),
         pacer: Arc::clone(terms.pacer),
         progress_wait: terms.progress_wait.unwrap_or(defaults.progress_wait),
+        still_there: terms.still_there,
         ..defaults
     };
     match RdmaPool::connect(&plan, memory.clone(), events) {
