@@ -139,6 +139,10 @@ pub const RAIL_LOOKS_EVERY: Duration = Duration::from_secs(1);
 /// thought dead.
 pub const RAIL_PROGRESS_WAIT_MAX: Duration = Duration::from_secs(2);
 
+/// A rail without RDMA that has less than one in so many of RDMA's speed carries no lanes beside it:
+/// it would hardly add to it, and the end of each round, the guest's pause too, would wait for it.
+pub const RAIL_BESIDE_RDMA_MIN: u64 = 10;
+
 /// A rail of RDMA lanes that are silent for that long is asked by other means, and has this long to
 /// answer: one question lost and sent again after a second is no sign of death. So a lane that only
 /// waits for its turn, on a slow link or a busy machine, is left in peace.

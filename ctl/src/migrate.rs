@@ -280,8 +280,8 @@ fn summary(
         },
         guest_running_on: running_on(&result.outcome),
         session: result.session.to_string(),
-        transport: result.lanes.last().map(|lane| lane.path),
-        transport_reason: result.lanes.last().map(|lane| match &result.path_reason {
+        transport: telling(result).map(|lane| lane.path),
+        transport_reason: telling(result).map(|lane| match &result.path_reason {
             Some(chosen) => format!("{}; {chosen}", lane.path_reason),
             None => lane.path_reason.clone(),
         }),
@@ -322,6 +322,13 @@ fn summary(
         reason: failure.as_ref().map(|failure| failure.text.clone()),
         hint: failure.and_then(|failure| failure.hint),
     }
+}
+
+/// The lane that tells for all: the last one, and where lanes were mixed the last over RDMA.
+fn telling(result: &SourceResult) -> Option<&LaneStats> {
+    let is_rdma = |lane: &&LaneStats| lane.path == LanePath::Rdma;
+    let over_rdma = result.lanes.iter().rfind(is_rdma);
+    over_rdma.filter(|_| result.path == Some(LanePath::Rdma)).or(result.lanes.last())
 }
 
 fn secured(security: &Security, lanes: &[LaneStats]) -> Secured {

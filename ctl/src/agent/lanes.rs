@@ -205,17 +205,17 @@ pub fn refused_rdma(choice: &Choice) -> Option<&str> {
     Some(&refused.reason)
 }
 
-/// Source: connects every lane of the choice over RDMA, by `rails` if there are any; what went
-/// wrong, and with which lane, is a text.
+/// Source: connects those lanes of the choice that `is_ours` tells, by `rails` if there are any, over
+/// RDMA; what went wrong, and with which lane if with one, is a text.
 pub fn open_rdma(
     (address, rails): (SocketAddr, &[Rail]),
     session: SessionId,
-    choice: &Choice,
+    (choice, is_ours): (&Choice, &dyn Fn(usize) -> bool),
     lanes: &LaneChoice,
     memory: &GuestMemory,
     events: Sender<LaneEvent>,
-) -> Result<Box<dyn SourceLanes>, (LaneId, String)> {
-    let nowhere = || (LaneId(0), "the target did not say where it listens".to_owned());
+) -> Result<Box<dyn SourceLanes>, (Option<LaneId>, String)> {
+    let nowhere = || (None, "the target did not say where it listens".to_owned());
     let port = choice.rdma_port.ok_or_else(nowhere)?;
     let address = SocketAddr::new(address.ip(), port);
     let route = |rail: &Rail| rdma::LaneRoute {
@@ -223,7 +223,8 @@ pub fn open_rdma(
         // That of the pair's control port is another.
         to: SocketAddr::new(rail.to.ip(), port),
     };
-    let plans = choice.lanes.iter().enumerate().map(|(lane, ticket)| rdma::LanePlan {
+    let ours = choice.lanes.iter().enumerate().filter(|(lane, _)| is_ours(*lane));
+    let plans = ours.map(|(lane, ticket)| rdma::LanePlan {
         lane: LaneId(lane as u16),
         ticket: ticket.ticket,
         cpu: lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
@@ -246,11 +247,12 @@ fn still_there(rails: Vec<Rail>) -> rdma::StillThere {
 }
 
 /// Source: connects every lane of the choice over TCP, by `rails` if there are any, each to a receive
-/// queue of its own where the target tells enough.
+/// queue of its own where the target tells enough. Where there are some `over_rdma`, only the others,
+/// beside them.
 pub fn open(
     (address, rails): (SocketAddr, &[Rail]),
     session: SessionId,
-    choice: &Choice,
+    (choice, over_rdma): (&Choice, Option<&[bool]>),
     lanes: &LaneChoice,
     same_host: bool,
     (memory, look): (&GuestMemory, Option<&Arc<HoleLook>>),
@@ -261,9 +263,15 @@ pub fn open(
         true => theirs.map(usize::from).filter(|cpu| lanes.cpus.contains(cpu)),
         false => lanes.cpus.get(lane % lanes.cpus.len().max(1)).copied(),
     };
-    let plans = choice.lanes.iter().enumerate().map(|(lane, ticket)| LanePlan {
+    let is_ours = |lane: usize| over_rdma.is_none_or(|over_rdma| !over_rdma[lane]);
+    let ours = choice.lanes.iter().enumerate().filter(|(lane, _)| is_ours(*lane));
+    let plans = ours.map(|(lane, ticket)| LanePlan {
         lane: LaneId(lane as u16),
-        ticket: ticket.over_tcp.unwrap_or(ticket.ticket),
+        ticket: match over_rdma {
+            Some(_) => ticket.beside_rdma,
+            None => ticket.over_tcp,
+        }
+        .unwrap_or(ticket.ticket),
         cpu: cpu_of(lane, ticket.cpu),
         from: picked.from[lane].clone(),
         route: rails.get(lane % rails.len().max(1)).map(Rail::route),
@@ -280,7 +288,11 @@ pub fn open(
         path: lanes.path,
         packing: lanes.compress.wish(&choice.codecs),
         holes: look.map(|look| HolePlan { look: Arc::clone(look), punches: choice.holes }),
-        narrowing: lanes.narrow.wish(),
+        narrowing: match over_rdma {
+            // Tags say what the target has; what lanes over RDMA write, they do not know.
+            Some(_) => NarrowingWish::Not("other lanes are over RDMA".into()),
+            None => lanes.narrow.wish(),
+        },
         pacer: Arc::clone(&lanes.pacer),
         tuning: tuning(same_host),
         tls: lanes.tls.clone(),

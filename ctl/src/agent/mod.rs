@@ -25,6 +25,7 @@ pub mod failure;
 mod hold;
 pub mod lanes;
 pub mod link;
+pub mod mixed;
 pub mod monitor;
 pub mod queues;
 pub mod rails;

@@ -107,8 +107,8 @@ pub fn connect(
     _terms: Terms<'_>,
     _memory: &GuestMemory,
     _events: Sender<LaneEvent>,
-) -> Result<Box<dyn SourceLanes>, (LaneId, String)> {
-    Err((LaneId(0), WHY_NOT.into()))
+) -> Result<Box<dyn SourceLanes>, (Option<LaneId>, String)> {
+    Err((None, WHY_NOT.into()))
 }
 
 /// Never listens.

@@ -1,5 +1,5 @@
-//! Rails: pairs of NICs, one of each host, that lanes are spread over; those over RDMA where both
-//! have an RDMA device.
+//! Rails: pairs of NICs, one of each host, that lanes are spread over. Where both have an RDMA device
+//! lanes are over RDMA, on other pairs over TCP beside them.
 //!
 //! ```text
 //!   eth0 10.1.0.1 ═══════ 10.1.0.2 eth0     lanes 0, 2     workers pull batches: a faster rail
@@ -38,6 +38,8 @@ pub struct Rail {
     pub target_device: String,
     /// Its address, with the port that takes lanes.
     pub to: SocketAddr,
+    /// Both NICs have an RDMA device, and lanes here may be over it.
+    pub rdma: bool,
 }
 
 impl Rail {
@@ -114,11 +116,26 @@ struct Pair {
     together: bool,
     /// The source's NIC has a carrier.
     is_up: bool,
+    /// Of the slower of the two NICs, in bits a second; 0 if one is not known.
+    speed: u64,
 }
 
-/// Every pair that might do, the best first: preferred networks, then pairs in one subnet, then the
-/// speed and the queues of the lesser of the two.
-fn pairs(own: &[Nic], theirs: &[LaneAddress], port: u16, networks: &[IpNet]) -> Vec<Pair> {
+impl Pair {
+    /// Lanes over TCP on it are worth having beside RDMA this fast.
+    fn is_worth_having(&self, fastest_rdma: u64) -> bool {
+        let least = fastest_rdma / limits::RAIL_BESIDE_RDMA_MIN;
+        self.rail.rdma || self.speed == 0 || self.speed >= least
+    }
+}
+
+/// Every pair that might do, the best first: preferred networks, then pairs in one subnet, then RDMA,
+/// which NICs named `rdma` have here, then the speed and the queues of the lesser of the two.
+fn pairs(
+    own: &[Nic],
+    theirs: &[LaneAddress],
+    (port, networks): (u16, &[IpNet]),
+    rdma: &[String],
+) -> Vec<Pair> {
     let ours: Vec<IpAddr> = own.iter().flat_map(|nic| nic.addresses.iter().copied()).collect();
     // The same address on both hosts is a bridge of each, and leads to ourselves.
     let theirs: Vec<_> = theirs.iter().filter(|there| !ours.contains(&there.address)).collect();
@@ -135,9 +152,11 @@ fn pairs(own: &[Nic], theirs: &[LaneAddress], port: u16, networks: &[IpNet]) -> 
                 let speed = nic.bits_per_second.zip(there.bits_per_second);
                 let speed = speed.map_or(0, |(here, there)| here.min(there));
                 let together = network.contains(&there.address);
+                let rdma = there.rdma && rdma.contains(&nic.name);
                 let rank = (
                     here_rank.max(there_rank),
                     !together,
+                    !rdma,
                     std::cmp::Reverse((speed, queues(nic).min(there.queues))),
                 );
                 let rail = Rail {
@@ -145,8 +164,9 @@ fn pairs(own: &[Nic], theirs: &[LaneAddress], port: u16, networks: &[IpNet]) -> 
                     from,
                     target_device: there.device.clone(),
                     to: SocketAddr::new(there.address, port),
+                    rdma,
                 };
-                ranked.push((rank, Pair { rail, together, is_up: nic.is_up }));
+                ranked.push((rank, Pair { rail, together, is_up: nic.is_up, speed }));
             }
         }
     }
@@ -177,6 +197,8 @@ pub struct Rails {
     used: Vec<Rail>,
     /// Those that lanes have run on.
     known: Vec<Rail>,
+    /// Pairs with RDMA devices that are away.
+    rdma_away: bool,
     /// Those whose lanes failed, until when they are left alone, and how often it happened.
     blamed: Vec<(Rail, Instant, u32)>,
     /// Looks after those that are away.
@@ -189,16 +211,23 @@ impl Rails {
         Self { networks, ..Self::default() }
     }
 
-    /// Finds the pairs that answer, for lanes to a target that takes them at `theirs`. None are found
-    /// where there is nothing to choose from: then lanes go where the control connection goes.
-    pub fn choose(&mut self, own: &[Nic], theirs: &[LaneAddress], control: SocketAddr) {
-        self.watch = None;
+    /// Finds the pairs that answer, for lanes to a target that takes them at `theirs`; NICs here that
+    /// are named `rdma` have RDMA devices that lanes may use. None are found where there is nothing to
+    /// choose from: then lanes go where the control connection goes.
+    pub fn choose(
+        &mut self,
+        own: &[Nic],
+        theirs: &[LaneAddress],
+        control: SocketAddr,
+        rdma: &[String],
+    ) {
+        (self.watch, self.rdma_away) = (None, false);
         self.used.clear();
         if control.ip().is_loopback() || theirs.is_empty() {
             return;
         }
         let now = Instant::now();
-        let pairs = pairs(own, theirs, control.port(), &self.networks);
+        let pairs = pairs(own, theirs, (control.port(), &self.networks), rdma);
         let left_alone = |rail: &Rail| {
             self.blamed.iter().any(|(blamed, until, _)| blamed == rail && *until > now)
         };
@@ -207,10 +236,13 @@ impl Rails {
         let rails: Vec<_> = tried.iter().map(|pair| pair.rail.clone()).collect();
         let answers = answering(&rails);
         tracing::debug!(?tried, ?answers, ?others, "pairs of NICs");
+        let rdma = tried.iter().zip(&answers).filter(|(pair, answers)| pair.rail.rdma && **answers);
+        let fastest_rdma = rdma.map(|(pair, _)| pair.speed).max().unwrap_or(0);
         let mut away = others;
         for (pair, answers) in tried.into_iter().zip(answers) {
             let taken = self.used.iter().any(|used| used.shares_a_nic(&pair.rail));
             match (answers, taken) {
+                (true, false) if !pair.is_worth_having(fastest_rdma) => {}
                 (true, false) => self.used.push(pair.rail),
                 (false, false) => away.push(pair),
                 (_, true) => {}
@@ -222,7 +254,13 @@ impl Rails {
         let away: Vec<_> = away.into_iter().filter(awaited).map(|pair| pair.rail).collect();
         let free = |rail: &Rail| !self.used.iter().any(|used| used.shares_a_nic(rail));
         let away: Vec<_> = away.into_iter().filter(free).collect();
-        if self.used.len() < 2 && self.networks.is_empty() && away.is_empty() {
+        self.rdma_away = away.iter().any(|rail| rail.rdma);
+        let is_elsewhere = |rail: &Rail| rail.rdma && rail.to.ip() != control.ip();
+        if self.used.len() < 2
+            && self.networks.is_empty()
+            && away.is_empty()
+            && !self.used.iter().any(is_elsewhere)
+        {
             self.used.clear();
         }
         self.known.extend(
@@ -238,6 +276,27 @@ impl Rails {
     /// Those that lanes run on: lane N on rail N modulo their number.
     pub fn used(&self) -> &[Rail] {
         &self.used
+    }
+
+    /// Nothing is to be chosen from: lanes go where the control connection goes.
+    pub fn leave(&mut self) {
+        self.used.clear();
+        self.watch = None;
+    }
+
+    /// Of so many lanes, those whose rails have RDMA devices.
+    pub fn have_rdma(&self, lanes: usize) -> Vec<bool> {
+        self.used.iter().cycle().take(lanes).map(|rail| rail.rdma).collect()
+    }
+
+    /// Whether pairs with RDMA devices are there but do not answer.
+    pub fn is_rdma_away(&self) -> bool {
+        self.rdma_away
+    }
+
+    /// Whether lanes ran over RDMA on one of them.
+    pub fn knew_rdma(&self) -> bool {
+        self.known.iter().any(|rail| rail.rdma)
     }
 
     /// A lane failed: its rail is left alone for a while, longer each time.

@@ -46,7 +46,7 @@ pub struct Terms<'a> {
 }
 
 /// Source: opens every lane, after a page was written to the target and read back on each. What
-/// went wrong, and with which, is a text for people.
+/// went wrong is a text for people; with which, unless it is this host that allows none.
 pub fn connect(
     address: SocketAddr,
     session: SessionId,
@@ -54,7 +54,7 @@ pub fn connect(
     terms: Terms<'_>,
     memory: &GuestMemory,
     events: Sender<LaneEvent>,
-) -> Result<Box<dyn SourceLanes>, (LaneId, String)> {
+) -> Result<Box<dyn SourceLanes>, (Option<LaneId>, String)> {
     let defaults = ConnectPlan::new(address, session, lanes);
     let plan = ConnectPlan {
         pin: terms.pin.into(),
@@ -65,7 +65,8 @@ pub fn connect(
     };
     match RdmaPool::connect(&plan, memory.clone(), events) {
         Ok(pool) => Ok(Box::new(pool)),
-        Err((lane, error)) => Err((lane, text(&error))),
+        Err((_, error @ RdmaError::Memlock { .. })) => Err((None, text(&error))),
+        Err((lane, error)) => Err((Some(lane), text(&error))),
     }
 }
 

@@ -21,6 +21,8 @@ pub enum Over {
     Tcp,
     /// A queue pair.
     Rdma,
+    /// An accepted TCP connection, while other lanes are over queue pairs.
+    BesideRdma,
 }
 
 /// The tickets of one session.

@@ -236,6 +236,9 @@ pub struct LaneTicket {
     /// The right to open the same lane over TCP, should RDMA not come about: each is good once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub over_tcp: Option<Ticket>,
+    /// The right to open it over TCP while other lanes of the same choice are over RDMA.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beside_rdma: Option<Ticket>,
 }
 
 /// Something of the offer that is not used.

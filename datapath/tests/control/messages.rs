@@ -129,12 +129,19 @@ fn choice() -> Choice {
     let ticket = Ticket(std::array::from_fn(|index| index as u8));
     Choice {
         lanes: vec![
-            LaneTicket { path: LanePath::TcpUring, ticket, cpu: Some(1), over_tcp: None },
+            LaneTicket {
+                path: LanePath::TcpUring,
+                ticket,
+                cpu: Some(1),
+                over_tcp: None,
+                beside_rdma: None,
+            },
             LaneTicket {
                 path: LanePath::TcpUring,
                 ticket: Ticket([0xff; 32]),
                 cpu: None,
                 over_tcp: None,
+                beside_rdma: None,
             },
         ],
         refused: vec![Refused { what: "rdma".into(), reason: "no device at the target".into() }],
@@ -289,13 +296,15 @@ fn any_codecs() -> impl Strategy<Value = Vec<CodecName>> {
 }
 
 fn any_choice() -> impl Strategy<Value = Choice> {
-    let tickets = (any::<[u8; 32]>(), option::of(any::<[u8; 32]>()));
+    let others = option::of(any::<([u8; 32], Option<[u8; 32]>)>());
+    let tickets = (any::<[u8; 32]>(), others);
     let lane = (any_path(), tickets, option::of(any::<u16>())).prop_map(
-        |(path, (ticket, over_tcp), cpu)| LaneTicket {
+        |(path, (ticket, others), cpu)| LaneTicket {
             path,
             ticket: Ticket(ticket),
             cpu,
-            over_tcp: over_tcp.map(Ticket),
+            over_tcp: others.map(|(over_tcp, _)| Ticket(over_tcp)),
+            beside_rdma: others.and_then(|(_, beside)| beside.map(Ticket)),
         },
     );
     let refused = (text(), text()).prop_map(|(what, reason)| Refused { what, reason });

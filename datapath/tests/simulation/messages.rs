@@ -52,8 +52,13 @@ pub(crate) fn offer(verify: bool) -> Offer {
 }
 
 pub(crate) fn choice(lanes: usize) -> Choice {
-    let lane =
-        LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
+    let lane = LaneTicket {
+        path: LanePath::TcpPlain,
+        ticket: Ticket([0; 32]),
+        cpu: None,
+        over_tcp: None,
+        beside_rdma: None,
+    };
     Choice {
         lanes: vec![lane; lanes],
         refused: Vec::new(),

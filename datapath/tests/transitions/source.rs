@@ -138,8 +138,13 @@ pub(crate) fn offer(verify: bool) -> Offer {
 }
 
 pub(crate) fn choice() -> Choice {
-    let lane =
-        LaneTicket { path: LanePath::TcpPlain, ticket: Ticket([0; 32]), cpu: None, over_tcp: None };
+    let lane = LaneTicket {
+        path: LanePath::TcpPlain,
+        ticket: Ticket([0; 32]),
+        cpu: None,
+        over_tcp: None,
+        beside_rdma: None,
+    };
     Choice {
         lanes: vec![lane],
         refused: Vec::new(),

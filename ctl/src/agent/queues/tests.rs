@@ -37,6 +37,7 @@ fn rail(device: &str, from: &str, to: &str) -> Rail {
         from: ip(from),
         target_device: device.into(),
         to: to.parse().unwrap(),
+        rdma: false,
     }
 }
 

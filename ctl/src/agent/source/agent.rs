@@ -531,6 +531,7 @@ impl<'a> Agent<'a> {
             security: Some(self.control.security()),
             report: machine.report().clone(),
             lanes: self.mover.take_stats(),
+            path: self.mover.path(),
             path_reason: self.mover.path_reason().map(str::to_owned),
             rails: self.mover.take_over_rails(),
             rss: self.mover.rss(),

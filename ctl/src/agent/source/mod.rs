@@ -95,6 +95,8 @@ pub struct SourceResult {
     pub report: SourceReport,
     /// What each lane counted; those that carried on for others come after them.
     pub lanes: Vec<LaneStats>,
+    /// What lanes ran on; where they were mixed, RDMA.
+    pub path: Option<LanePath>,
     /// Why lanes ran on what they did, where there was a choice.
     pub path_reason: Option<String>,
     /// What lanes were spread over, and what went over it.
@@ -126,6 +128,7 @@ impl SourceResult {
             security: None,
             report: SourceReport::default(),
             lanes: Vec::new(),
+            path: None,
             path_reason: None,
             rails: Vec::new(),
             rss: None,

@@ -19,6 +19,7 @@ use pageferry_datapath::work::RoundWork;
 use super::super::core_use::CoreTimes;
 use super::super::failure;
 use super::super::lanes::{self, LaneChoice, Transport};
+use super::super::mixed::MixedLanes;
 use super::super::queues::{self, Picked};
 use super::super::rails::{Rail, Rails, nics};
 use super::super::rdma;
@@ -171,20 +172,79 @@ impl Mover {
 
     fn open_rdma(&mut self, choice: &Choice, way: Way<'_>) -> Result<(), String> {
         let Way { address, session, memory, .. } = way;
-        let (interfaces, events) = (rdma::interfaces(), self.to_events.clone());
-        let own: Vec<_> = nics().into_iter().filter(|nic| interfaces.contains(&nic.name)).collect();
-        let theirs: Vec<_> = choice.addresses.iter().filter(|it| it.rdma).cloned().collect();
-        self.rails.choose(&own, &theirs, address);
+        let events = self.to_events.clone();
+        let mix = self.choose_for_rdma(choice, address)?;
         let over = (address, self.rails.used());
-        let opened = lanes::open_rdma(over, session, choice, &self.wanted, memory, events);
-        self.lanes = Some(opened.map_err(|(lane, why)| {
-            self.blame(lane);
+        let is_rdma = |lane: usize| mix.as_ref().is_none_or(|mix| mix[lane]);
+        let lanes = lanes::open_rdma(
+            over,
+            session,
+            (choice, &is_rdma),
+            &self.wanted,
+            memory,
+            events.clone(),
+        );
+        let lanes = lanes.map_err(|(lane, why)| {
+            match lane {
+                Some(lane) => self.blame(lane),
+                // No rail would do, and none was tried.
+                None => {
+                    self.rails.leave();
+                    self.wanted.no_rdma = Some(why.clone()).filter(|_| !self.only_rdma());
+                }
+            }
             why
-        })?);
+        })?;
+        let mut reason = "on each lane a page was written to the target and read back".to_owned();
+        self.lanes = Some(match mix {
+            None => lanes,
+            Some(mix) => {
+                let part = (choice, Some(&mix[..]));
+                let over = (address, self.rails.used());
+                let wanted = &self.wanted;
+                // Memory that the target has registered is not punched: nobody need look for holes.
+                let memory = (memory, None);
+                let tcp = lanes::open(over, session, part, wanted, self.same_host, memory, events);
+                let (tcp, _) = tcp.map_err(|error| {
+                    self.blame(error.lane());
+                    failure::chain("lanes over TCP beside those over RDMA", &error)
+                })?;
+                let plain = self.rails.used().iter().filter(|rail| !rail.rdma);
+                let plain: Vec<_> = plain.map(|rail| rail.device.as_str()).collect();
+                reason = format!("{reason}; beside them TCP over {}", plain.join(", "));
+                Box::new(MixedLanes::new(lanes, tcp, mix))
+            }
+        });
         self.path = Some(LanePath::Rdma);
-        let reason = "on each lane a page was written to the target and read back";
-        self.path_reason = Some(reason.into());
+        self.path_reason = Some(reason);
         Ok(())
+    }
+
+    /// The rails for lanes of which some at least are over RDMA: which of them, if not all are.
+    fn choose_for_rdma(
+        &mut self,
+        choice: &Choice,
+        address: SocketAddr,
+    ) -> Result<Option<Vec<bool>>, String> {
+        let (own, interfaces) = (nics(), rdma::interfaces());
+        // Told to take RDMA only, or by a target that knows of nothing else.
+        let mixes = self.wanted.transport == Transport::Auto
+            && choice.lanes.iter().all(|lane| lane.beside_rdma.is_some());
+        if mixes {
+            self.rails.choose(&own, &choice.addresses, address, &interfaces);
+            let have_rdma = self.rails.have_rdma(choice.lanes.len());
+            if have_rdma.contains(&true) {
+                return Ok(Some(have_rdma).filter(|it| it.contains(&false)));
+            }
+            if self.rails.is_rdma_away() {
+                self.rails.leave();
+                return Err("no pair of NICs with RDMA devices answers".into());
+            }
+        }
+        let own: Vec<_> = own.into_iter().filter(|nic| interfaces.contains(&nic.name)).collect();
+        let theirs: Vec<_> = choice.addresses.iter().filter(|it| it.rdma).cloned().collect();
+        self.rails.choose(&own, &theirs, address, &interfaces);
+        Ok(None)
     }
 
     fn open_tcp(&mut self, choice: &Choice, way: Way<'_>, reason: String) -> Result<(), Failure> {
@@ -195,11 +255,11 @@ impl Mover {
         };
         self.path_reason = Some(reason).filter(|_| self.wanted.transport == Transport::Auto);
         let Way { address, session, memory, look } = way;
-        self.rails.choose(&nics(), &choice.addresses, address);
+        self.rails.choose(&nics(), &choice.addresses, address, &[]);
         let opened = lanes::open(
             (address, self.rails.used()),
             session,
-            choice,
+            (choice, None),
             &self.wanted,
             self.same_host,
             (memory, look),
@@ -241,8 +301,8 @@ impl Mover {
             }
             None => return None,
         };
-        // RDMA itself is as good as it was.
-        self.has_other_rails = over_rdma;
+        // RDMA itself is as good as it was, or may be what is back.
+        self.has_other_rails = over_rdma || dead.is_none() && self.rails.knew_rdma();
         let why = Failure { reason: AbortReason::HostFailed, by_peer: false, text, hint: None };
         Some(RailsChanged { why, dead })
     }

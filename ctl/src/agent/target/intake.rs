@@ -198,7 +198,9 @@ impl Intake {
             };
             let ticket = tickets.draw(lane, over);
             let over_tcp = second.map(|over| tickets.draw(lane, over));
-            LaneTicket { path, ticket, cpu, over_tcp }
+            let mixes = second.is_some() && self.rdma_everywhere;
+            let beside_rdma = mixes.then(|| tickets.draw(lane, Over::BesideRdma));
+            LaneTicket { path, ticket, cpu, over_tcp, beside_rdma }
         });
         Some(lanes.collect())
     }
@@ -290,7 +292,7 @@ impl Intake {
             |at, devices| RdmaTarget::listen(self.memory.clone(), pin, at, devices, threads);
         // Over all devices, or, where so much may not be pinned, over the one that was named.
         let devices = rdma::interfaces().len().min(limits::RAILS_MAX) as u64;
-        let everywhere = match self.wanted.everywhere && devices > 1 {
+        let everywhere = match self.wanted.everywhere && devices > 0 {
             true => listen(unspecified(at), devices)
                 .inspect_err(|why| tracing::warn!(%why, "RDMA over one device only"))
                 .ok(),
@@ -372,10 +374,16 @@ impl Intake {
         Some(LanesPlaced { lanes: lanes.collect(), cores: cores.unwrap_or_default() })
     }
 
-    /// The place of a lane over TCP; those over RDMA are fenced before the first is taken.
+    /// The place of a lane over TCP; those over RDMA are fenced before the first is taken that is not
+    /// meant to be beside them.
     fn may_enter(&mut self, hello: &Hello) -> Result<(usize, Option<usize>), Refusal> {
-        let (index, cpu) = self.judge(hello, Over::Tcp)?;
-        if self.rdma.is_some() && !self.fell_back {
+        let beside = self.judge(hello, Over::BesideRdma);
+        let is_beside = beside.is_ok();
+        let (index, cpu) = beside.or_else(|_| self.judge(hello, Over::Tcp))?;
+        if is_beside && self.fell_back {
+            return Err(Refusal::Duplicate);
+        }
+        if !is_beside && self.rdma.is_some() && !self.fell_back {
             if self.wanted.transport == Transport::Rdma {
                 return Err(Refusal::Duplicate);
             }
