@@ -212,7 +212,7 @@ impl Scene {
             wires.iter().for_each(|wire| Wire::spoil(&wire.0, "rate 50mbit limit 300"));
         }
         let lost = wires[1].0.clone();
-        let half_way = move || {
+        let half_way = move |_: &Giver| {
             let status = Command::new("ip").args(["link", "set", &lost, "down"]).status();
             assert!(status.is_ok_and(|status| status.success()), "ip link set {lost} down");
         };
