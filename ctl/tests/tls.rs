@@ -11,11 +11,15 @@ use std::time::{Duration, Instant, SystemTime};
 use pageferry_ctl::agent::acceptor::{Acceptor, Arrival};
 use pageferry_ctl::agent::failure::chain;
 use pageferry_ctl::agent::link::{Link, LinkError};
+use pageferry_ctl::agent::record::{self, Record, Records, Role};
+use pageferry_ctl::agent::recovery;
 use pageferry_ctl::agent::tls::{Caller, Door, Security};
 use pageferry_ctl::pki::authority::{self, Validity};
 use pageferry_ctl::pki::credentials;
 use pageferry_ctl::pki::layout::{self, End, Layout};
-use pageferry_datapath::control::Message;
+use pageferry_datapath::control::{Message, Recover, Recovered, Word};
+use pageferry_datapath::ids::SessionId;
+use pageferry_datapath::recover;
 use pageferry_uring::handshake;
 use pageferry_uring::limits::GREETING_WAIT_MAX;
 use rustls::crypto::ring::default_provider;
@@ -335,5 +339,53 @@ fn a_slow_handshake_ends_and_holds_nobody_up() -> Outcome {
     assert_says(&turned_away(&acceptor)?, &["did not complete the TLS handshake"]);
     let ended = dripping.join().expect("no panic");
     assert!(ended < 2 * GREETING_WAIT_MAX, "it ended after {ended:?}");
+    Ok(())
+}
+
+#[test]
+fn a_record_is_not_acted_on_at_the_word_of_another_host() -> Outcome {
+    let place = Place::new()?;
+    let acceptor = target(&place.host("ca", "127.0.0.1")?)?;
+    let (source, other) = (place.host("ca", "host-a")?, place.host("ca", "host-b")?);
+    let state = place.0.path().join("state");
+    let session = SessionId(7);
+    let path = record::path_of(&state, session, Role::Target);
+    let asks = |dir: &Path, word| -> Result<_, Box<dyn std::error::Error>> {
+        let link = Link::connect(&acceptor.address().to_string(), &caller(dir), SOON)?;
+        link.send(&Message::Recover(Recover { session, word }))?;
+        let Arrival::Control { link: theirs, first } = acceptor.arrivals().recv_timeout(SOON)?
+        else {
+            return Err("expected a control connection".into());
+        };
+        let Message::Recover(ask) = *first else { return Err(format!("{first:?}").into()) };
+        Ok((link, theirs, ask))
+    };
+    // A QEMU that is gone: what is recorded of it is all there is to change.
+    let (_link, theirs, _) = asks(&source, Word::None)?;
+    let mut attempt = Record::attempting(session, Role::Target, "a".into(), "/q".into(), i32::MAX);
+    attempt.peer_identity = theirs.security().identity();
+    drop(Records::begin(&state, attempt)?);
+    let before = std::fs::read(&path)?;
+    for word in [Word::HandedOver, Word::Aborted, Word::None] {
+        let (link, theirs, ask) = asks(&other, word)?;
+        assert_eq!(recovery::answer(&state, &theirs, ask), None, "{word:?}");
+        let Message::Abort(abort) = link.receive(SOON)? else { return Err("no abort".into()) };
+        assert_says(&abort.text, &["host-b is not the source of session"]);
+        recovery::forget(&state, session, theirs.security());
+        assert!(std::fs::read(&path)? == before, "{word:?} changed the record");
+    }
+    // It was in nobody's way. A renewed certificate is the same host's.
+    let renewed = place.0.path().join("renewed");
+    authority::issue(&place.0.path().join("ca"), &renewed, &["host-a".into()], Validity::days(2))?;
+    let (link, theirs, ask) = asks(&renewed, Word::Aborted)?;
+    let source = std::thread::spawn(move || {
+        let answer = link.receive(SOON);
+        recovery::settle(&link, session);
+        answer
+    });
+    assert_eq!(recovery::answer(&state, &theirs, ask), Some(recover::End::TheOthers));
+    let answer = source.join().expect("no panic")?;
+    assert_eq!(answer, Message::Recovered(Recovered { word: Word::Aborted }));
+    assert!(!path.exists(), "both sides know");
     Ok(())
 }

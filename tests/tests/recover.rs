@@ -2,11 +2,20 @@
 //! guest, on the side that the records say, whoever asks.
 #![forbid(unsafe_code)]
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use nix::sys::signal::Signal;
-use pageferry_ctl::lab::{Qemu, Workplace, is_root, one_at_a_time, skip};
+use pageferry_ctl::agent::link::Link;
+use pageferry_ctl::agent::record::{self, Decision};
+use pageferry_ctl::agent::tls::Caller;
+use pageferry_ctl::lab::{Qemu, Workplace, certificates, is_root, one_at_a_time, skip};
 use pageferry_ctl::qemu::runstate::RunState;
 use pageferry_ctl::qmp::Qmp;
-use pageferry_tests::agents::{Agent, Ended};
+use pageferry_datapath::control::{Message, Recover, Word};
+use pageferry_datapath::ids::SessionId;
+use pageferry_tests::agents::{Agent, Ended, PORT};
 use pageferry_tests::scene::{SOON, Scene};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -227,5 +236,107 @@ fn a_guest_whose_monitor_somebody_else_holds_is_not_taken_for_gone() -> Outcome 
     assert_eq!((there.code, &there.events[0]["end"]), (0, &"the-others".into()));
     scene.assert_goes_on()?;
     scene.assert_clean()?;
+    Ok(())
+}
+
+/// The record of a target agent, when it says `decision`.
+fn record_of(
+    scene: &Scene,
+    agent: &str,
+    decision: Decision,
+) -> Result<(PathBuf, SessionId), Box<dyn std::error::Error>> {
+    let (dir, began) = (scene.workplace.file(&format!("{agent}.state")), Instant::now());
+    while began.elapsed() < SOON {
+        match record::list(&dir).pop() {
+            Some((path, record)) if record.decision == decision => {
+                return Ok((path, record.session));
+            }
+            _ => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+    Err(format!("{agent} has no record that says {decision:?}").into())
+}
+
+/// Another host, with a certificate of the same authority, says each word about a session that it knows
+/// of: it is told why not, and the record stays as it is.
+fn assert_a_stranger_is_refused(
+    scene: &Scene,
+    (path, session): &(PathBuf, SessionId),
+    why: &str,
+) -> Outcome {
+    let dir = certificates(&scene.workplace, "stranger")?;
+    let caller = Caller { tls_dir: Some(dir), ..Caller::default() };
+    let (at, before) = (format!("{}:{PORT}", scene.there().address), std::fs::read(path)?);
+    for word in [Word::HandedOver, Word::Aborted, Word::None] {
+        let link = scene.here().namespace.run(|| Link::connect(&at, &caller, SOON))??;
+        link.send(&Message::Recover(Recover { session: *session, word }))?;
+        let Message::Abort(abort) = link.receive(SOON)? else { return Err("no abort".into()) };
+        assert!(abort.text.contains(why), "{word:?}: {abort:?}");
+        assert!(std::fs::read(path)? == before, "{word:?} changed the record");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_stranger_s_word_runs_and_ends_nobody_s_guest() -> Outcome {
+    let name = "a_stranger_s_word_runs_and_ends_nobody_s_guest";
+    let Some((_alone, mut scene)) = Scene::alone(name)? else { return Ok(()) };
+    let workplace = Arc::clone(&scene.workplace);
+    let not_its_own = "stranger is not the source of session";
+
+    // The target has the guest loaded, and the source has not decided yet.
+    let waiting = scene.waiting(|_| {})?;
+    let go = workplace.file("go");
+    let hold = format!("saving:600000:{}", go.display());
+    let (source, target) =
+        scene.agents_held(&waiting, &["--blackout-timeout-ms", "600000"], &hold)?;
+    source.wait_error("held in", SOON)?;
+    let record = record_of(&scene, "target-1", Decision::Ready)?;
+    assert_a_stranger_is_refused(&scene, &record, not_its_own)?;
+    assert!(target.complained().contains(not_its_own), "{}", target.complained());
+    assert_eq!(waiting.console().last_tick(), None, "it runs there");
+    std::fs::write(&go, "")?;
+    let (source, target) = (source.wait(SOON)?, target.wait(SOON)?);
+    assert_eq!((source.code, target.code), (0, 0), "{} {}", source.stderr, target.stderr);
+    scene.moved_to(waiting);
+    scene.assert_goes_on()?;
+
+    // Both agents are gone, and the source has decided: only its word is missing.
+    let waiting = scene.waiting(|_| {})?;
+    let (source, target) = scene.agents_held(&waiting, &[], "deciding:600000")?;
+    source.wait_error("held in", SOON)?;
+    source.signal(Signal::SIGKILL);
+    source.wait_error("its record says HandedOver: the guest stays as it is", SOON)?;
+    assert_eq!(target.wait(SOON)?.code, 4, "it waits in vain for its source");
+    source.wait(SOON)?;
+    let record = record_of(&scene, "target-2", Decision::Ready)?;
+    let (state, dir) = (record.0.parent().unwrap_or(Path::new("/")), &scene.there().address);
+    let dir = certificates(&workplace, &dir.to_string())?.display().to_string();
+    let (state, at) = (state.display().to_string(), format!("{}:{PORT}", scene.there().address));
+    let listens = ["target", "--listen", &at, "--tls-dir", &dir, "--state-dir", &state];
+    let only = format!("peer={}", scene.here().address);
+    for (allow, why) in [("peer=*", not_its_own), (&only, "may not bring guests here")] {
+        let args = [&listens[..], &["--allow", allow]].concat();
+        let another = Agent::start(&workplace, Some(scene.there()), "another", &args)?;
+        another.wait_text("listening", SOON)?;
+        assert_a_stranger_is_refused(&scene, &record, why)?;
+        assert!(another.complained().contains(why), "{}", another.complained());
+        another.signal(Signal::SIGINT);
+        another.wait(SOON)?;
+    }
+    let there = command(&scene, false, "target-2", &["recover", "--wait", "120"])?;
+    there.wait_text("waiting for", SOON)?;
+    assert_a_stranger_is_refused(&scene, &record, not_its_own)?;
+    assert!(!runs(&waiting)? && !runs(&scene.guest)?, "nobody runs what may be the other's");
+
+    // It was in nobody's way.
+    let here = done(command(&scene, true, "source-2", &["recover", "--json", "--wait", "60"])?)?;
+    assert_eq!((here.code, &here.events[0]["end"]), (0, &"the-others".into()), "{}", here.stderr);
+    let there = done(there)?;
+    assert_eq!(there.code, 0, "{}", there.stderr);
+    assert!(there.stderr.contains(not_its_own), "{}", there.stderr);
+    assert!(runs(&waiting)? && !runs(&scene.guest)?);
+    scene.moved_to(waiting);
+    scene.assert_goes_on()?;
     Ok(())
 }

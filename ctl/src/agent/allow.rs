@@ -77,10 +77,7 @@ pub struct Allowed {
 impl Allowed {
     /// Whether this peer may bring a guest at all.
     pub fn peer(&self, security: &Security) -> Result<(), Failure> {
-        let names: &[String] = match security {
-            Security::Tls { names, .. } => names,
-            Security::Loopback | Security::Insecure => &[],
-        };
+        let names = security.names();
         match self.rule_for(Kind::Peer, names.iter().map(String::as_str)) {
             Some(false) => {
                 let who = names.first().map_or("a source without a certificate", String::as_str);

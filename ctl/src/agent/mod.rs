@@ -38,6 +38,7 @@ pub mod record;
 pub mod recovery;
 pub mod shares;
 pub mod source;
+mod stranger;
 pub mod target;
 pub mod tickets;
 pub mod tls;

@@ -5,9 +5,9 @@
 //! decision inside the pause costs one write to blocks that are there already, and one
 //! `fdatasync`. The source's `handed-over` stands before the commit message leaves.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,6 +16,7 @@ use pageferry_datapath::control::Word;
 use pageferry_datapath::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
+use super::tls::Identity;
 use crate::host;
 use crate::qemu::capabilities::Settings;
 
@@ -67,6 +68,9 @@ pub struct Record {
     pub decision: Decision,
     /// The other side's address.
     pub peer: String,
+    /// Target: who the source is by its certificate; `None` without TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_identity: Option<Identity>,
     /// The monitor's QMP socket on this side.
     pub qmp: PathBuf,
     /// The monitor's pid on this side.
@@ -106,6 +110,7 @@ impl Record {
             role,
             decision: Decision::Attempting,
             peer,
+            peer_identity: None,
             qmp,
             pid,
             pid_started: started(pid),
@@ -185,9 +190,9 @@ impl Records {
             let path = path.clone();
             move |source| RecordError { path, step, source }
         };
-        fs::create_dir_all(dir).map_err(failed("created"))?;
+        create_dir(dir).map_err(failed("created"))?;
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create_new(true).open(&path);
+        let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path);
         let file = file.map_err(failed("created"))?;
         // For as long as this agent lives: whoever can lock it later knows that it does not.
         file.try_lock().map_err(|error| failed("locked")(error.into()))?;
@@ -284,6 +289,12 @@ impl Records {
     }
 }
 
+/// Makes the folder of records, and those above it, if it is not there: nobody else's to read, for
+/// whoever knows a session's number may ask about it. One that is there stays as its owner has it.
+pub fn create_dir(dir: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
 /// Where the record of a session is kept.
 pub fn path_of(dir: &Path, session: SessionId, role: Role) -> PathBuf {
     let role = match role {
@@ -323,7 +334,48 @@ pub fn read(path: &Path) -> std::io::Result<Record> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).expect("it is there").permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn records_are_nobody_else_s_to_read() {
+        let place = tempfile::tempdir().expect("a temporary folder");
+        let begin = |dir: &Path| {
+            let (peer, qmp) = ("10.0.0.2:4444".into(), "/run/qmp".into());
+            let record = Record::attempting(SessionId(7), Role::Target, peer, qmp, 1);
+            Records::begin(dir, record).expect("begun")
+        };
+        let dir = place.path().join("lib/pageferry");
+        let records = begin(&dir);
+        assert_eq!((mode(&dir), mode(records.path())), (0o700, 0o600));
+        // What others made or wrote before goes on.
+        records.forget();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).expect("changed");
+        let path = begin(&dir).path().to_owned();
+        assert_eq!((mode(&dir), mode(&path)), (0o755, 0o600));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("changed");
+        Records::open(&path).expect("its agent is gone").write(Decision::Ready).expect("written");
+    }
+
+    #[test]
+    fn a_record_from_before_peers_were_known_is_read() {
+        let (peer, qmp) = ("10.0.0.2:4444".into(), "/run/qmp".into());
+        let mut record = Record::attempting(SessionId(7), Role::Target, peer, qmp, 1);
+        let old = serde_json::to_value(&record).expect("plain data");
+        assert!(old.get("peer_identity").is_none(), "{old}");
+        assert_eq!(serde_json::from_value::<Record>(old).expect("a record"), record);
+        let names = vec!["host-a".into()];
+        let security =
+            crate::agent::tls::Security::Tls { suite: String::new(), peer: "host-a".into(), names };
+        record.peer_identity = security.identity();
+        let new = serde_json::to_string(&record).expect("plain data");
+        assert_eq!(serde_json::from_str::<Record>(&new).expect("a record"), record);
+    }
 
     #[test]
     fn the_newest_whole_write_counts() {

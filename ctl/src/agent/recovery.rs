@@ -13,7 +13,8 @@ use pageferry_datapath::recover::{self, End, Guest, Peer, Step};
 
 use super::link::Link;
 use super::record::{self, Decision, Record, RecordError, RecordedSecurity, Records, Role};
-use super::tls::Caller;
+use super::stranger::Stranger;
+use super::tls::{Caller, Security};
 use crate::limits;
 use crate::qemu::device_state;
 use crate::qemu::runstate::{self, RunState};
@@ -280,12 +281,25 @@ pub fn settle(link: &Link, session: SessionId) {
 }
 
 /// Target: acts on the source's word, and answers with what the record here says then; forgets it
-/// when both sides know. `None` if there was nothing to act on, or the source was not told.
+/// when both sides know. `None` if there was nothing to act on, or the source was not told; so it is
+/// for whoever is not the source of that session, and is turned away.
 pub fn answer(state_dir: &Path, link: &Link, ask: Recover) -> Option<End> {
     let path = record::path_of(state_dir, ask.session, Role::Target);
     if !path.exists() {
         tell(link, Word::None);
         link.finish();
+        return None;
+    }
+    // Before anything is touched.
+    let record = match record::read(&path) {
+        Ok(record) => record,
+        Err(error) => {
+            tracing::warn!(%error, session = %ask.session, "not recovered");
+            return None;
+        }
+    };
+    if let Err(stranger) = Stranger::is_let_by(&record, link.security()) {
+        stranger.turn_away(link);
         return None;
     }
     let answered = Side::open(&path).and_then(|mut side| {
@@ -333,9 +347,11 @@ pub fn runs(record: &Record) -> bool {
     qmp.and_then(|qmp| RunState::query(&qmp).ok()).is_some_and(|state| state.running)
 }
 
-/// Target: removes the record of a session that both sides know the end of.
-pub fn forget(state_dir: &Path, session: SessionId) {
-    if let Ok(records) = Records::open(&record::path_of(state_dir, session, Role::Target)) {
+/// Target: removes the record of a session that both sides know the end of, if `source` began it.
+pub fn forget(state_dir: &Path, session: SessionId, source: &Security) {
+    if let Ok(records) = Records::open(&record::path_of(state_dir, session, Role::Target))
+        && Stranger::is_let_by(records.record(), source).is_ok()
+    {
         records.forget();
     }
 }

@@ -19,6 +19,7 @@ use super::error::DrainError;
 use super::guest::Guest;
 use super::plan::Plan;
 use super::table::Row;
+use crate::agent::record;
 
 /// How far a guest is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,7 +69,7 @@ impl Ledger {
         let lock = match only_look {
             true => None,
             false => {
-                fs::create_dir_all(dir).map_err(failed)?;
+                record::create_dir(dir).map_err(failed)?;
                 let file = File::create(dir.join("drain.lock")).map_err(failed)?;
                 match file.try_lock() {
                     Ok(()) => Some(file),

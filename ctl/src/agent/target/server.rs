@@ -21,7 +21,9 @@ use pageferry_datapath::target::Outcome;
 use super::super::acceptor::{Acceptor, Arrival};
 use super::super::control::{Control, NotAdopted};
 use super::super::link::Link;
+use super::super::record::{self, Role};
 use super::super::recovery;
+use super::super::stranger::Stranger;
 use super::session::{Handle, Session};
 use super::{OpenMonitor, TargetOptions, TargetResult};
 use crate::limits;
@@ -104,7 +106,7 @@ impl Server<'_, '_> {
                     let control = known.map(|session| session.control.clone());
                     self.scope.spawn(move || come_back(control, &link, &rejoin));
                 }
-                Message::Recover(ask) => self.recover(link, ask),
+                Message::Recover(ask) => self.recover(link, ask, tell),
                 _ => refuse(&link, "a session begins with a hello", None),
             },
             Arrival::Stranger { from, reason } => tell(&format!("{from}: {reason}")),
@@ -112,14 +114,21 @@ impl Server<'_, '_> {
     }
 
     /// The agent of a source is gone, and somebody asks for it what became of the session. One that
-    /// is on its way hears the source's word first, and ends by it.
-    fn recover(&mut self, link: Link, ask: Recover) {
+    /// is on its way hears the source's word first, and ends by it. Nobody else's is heard.
+    fn recover(&mut self, link: Link, ask: Recover, tell: &mut dyn FnMut(&str)) {
+        if !self.admits(&link, tell) {
+            return;
+        }
         let Some(session) = self.sessions.get(&ask.session) else {
             let dir = self.options.state_dir.clone();
             self.scope.spawn(move || _ = recovery::answer(&dir, &link, ask));
             return;
         };
         let control = session.control.clone();
+        let source = control.security();
+        if let Err(stranger) = Stranger::is_let_in(&source, link.security(), ask.session) {
+            return stranger.turn_away(&link);
+        }
         let word = match ask.word {
             Word::HandedOver => Message::Commit,
             _ => Message::Abort(Abort {
@@ -146,7 +155,7 @@ impl Server<'_, '_> {
             self.scope.spawn(move || {
                 let decided = recover::has_acted(word);
                 if recovery::tell(&link, word) && decided && recovery::has_settled(&link) {
-                    recovery::forget(&dir, ask.session);
+                    recovery::forget(&dir, ask.session, link.security());
                 }
                 link.finish();
             });
@@ -156,12 +165,16 @@ impl Server<'_, '_> {
     /// Starts a session, if there is room. One that is cut off and has loaded nothing makes room:
     /// its source may have been started again.
     fn begin(&mut self, link: Link, hello: Hello, tell: &mut dyn FnMut(&str)) {
-        if let Err(failure) = self.options.allowed.peer(link.security()) {
-            tell(&failure.text);
-            return refuse(&link, &failure.text, failure.hint.as_deref());
+        if !self.admits(&link, tell) {
+            return;
         }
         if self.sessions.contains_key(&hello.session) || self.waiting.is_some() {
             return busy(&link);
+        }
+        // Whoever took its number would stand between that record and the source that may ask for it.
+        if record::path_of(&self.options.state_dir, hello.session, Role::Target).exists() {
+            let hint = format!("pageferry recover {}", hello.session);
+            return refuse(&link, "there is a record of this session already", Some(&hint));
         }
         if self.sessions.len() < self.options.sessions_max {
             return self.start(link, hello);
@@ -175,6 +188,16 @@ impl Server<'_, '_> {
             }
             None => busy(&link),
         }
+    }
+
+    /// Whether a peer may come to this target at all; told so if not.
+    fn admits(&self, link: &Link, tell: &mut dyn FnMut(&str)) -> bool {
+        let admitted = self.options.allowed.peer(link.security());
+        if let Err(failure) = &admitted {
+            tell(&failure.text);
+            refuse(link, &failure.text, failure.hint.as_deref());
+        }
+        admitted.is_ok()
     }
 
     fn start(&mut self, link: Link, hello: Hello) {

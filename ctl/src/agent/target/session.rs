@@ -333,6 +333,7 @@ impl<'a> Session<'a> {
         let named = || offer.target_qmp.clone().map(Into::into);
         let qmp = self.options.qmp.clone().or_else(named).unwrap_or_default();
         let mut record = Record::attempting(self.session, Role::Target, peer, qmp, monitor.pid());
+        record.peer_identity = self.control.security().identity();
         record.settings = monitor.settings();
         record.listen = Some(self.options.listen.clone());
         record.security = self.options.security.clone();

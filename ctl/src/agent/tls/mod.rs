@@ -16,6 +16,7 @@ mod caller;
 mod channel;
 mod door;
 mod error;
+mod identity;
 
 use rustls::Connection;
 
@@ -23,6 +24,7 @@ pub use caller::Caller;
 pub use channel::Channel;
 pub use door::{Door, Greeted};
 pub use error::TlsError;
+pub use identity::Identity;
 
 use crate::pki::certificate::Certificate;
 
@@ -63,6 +65,31 @@ impl Security {
             names
         });
         Self::Tls { suite, peer, names }
+    }
+
+    /// Every name in the peer's certificate; none where there is none.
+    pub fn names(&self) -> &[String] {
+        match self {
+            Self::Tls { names, .. } => names,
+            Self::Loopback | Self::Insecure => &[],
+        }
+    }
+
+    /// Who the peer is, for another day; `None` where nobody knows.
+    pub fn identity(&self) -> Option<Identity> {
+        match self {
+            Self::Tls { names, .. } => Some(Identity::of(names)),
+            Self::Loopback | Self::Insecure => None,
+        }
+    }
+
+    /// Whether this is the peer of that connection, too, as far as anybody knows.
+    pub fn is_same_peer(&self, other: &Self) -> bool {
+        match (self.identity(), other.identity()) {
+            (Some(one), Some(other)) => one.is(&other),
+            (None, None) => self == other,
+            _ => false,
+        }
     }
 
     /// What to say loudly, for this side.
