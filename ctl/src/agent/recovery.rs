@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pageferry_datapath::attach::{self, Process};
 use pageferry_datapath::control::{Message, Recover, Recovered, Word};
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::recover::{self, End, Guest, Peer, Step};
@@ -101,6 +102,7 @@ impl Side {
         until: Instant,
     ) -> Result<End, RecoveryError> {
         let guest = self.guest()?;
+        self.close_leftovers();
         let (word, first) = recover::source_word(self.word(), guest);
         self.carry_out(first.as_slice())?;
         let mut peer = self.ask(word, until);
@@ -115,6 +117,17 @@ impl Side {
             settle(&link, self.record.session);
         }
         Ok(plan.end)
+    }
+
+    /// An agent that was killed with its guard, while it attached, has left this to whoever recovers.
+    fn close_leftovers(&self) {
+        if self.qmp.is_none() {
+            return;
+        }
+        let closed = Process::open(self.record.pid).and_then(|it| attach::close_leftovers(&it));
+        if let Err(error) = closed {
+            tracing::warn!(%error, "what the agent left open in QEMU stays there, unused");
+        }
     }
 
     fn ask(&mut self, word: Word, until: Instant) -> Peer {

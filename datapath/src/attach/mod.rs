@@ -11,7 +11,7 @@
 //!
 //! Afterwards nothing of it is left in the monitor: no descriptor, no mapping, no tracer. What is
 //! registered through the descriptor ends with it. Only an agent that is killed between the two calls
-//! leaves the descriptor there; whoever attaches next closes it ([`close_leftovers`]).
+//! leaves the descriptor there, for [`close_leftovers`] to find.
 
 #[cfg(target_arch = "x86_64")]
 mod inject;
