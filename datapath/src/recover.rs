@@ -5,8 +5,9 @@
 //!
 //! ```text
 //! source's record   target's record              the guest is the
-//! handed-over       none, attempting, ready, running   target's
+//! handed-over       attempting, ready, running   target's
 //! handed-over       aborted                      source's
+//! handed-over       none                         nobody's: whose it is was forgotten there
 //! handed-over       ready, its monitor is gone   nobody's: it may have run there (--peer-is-dead)
 //! any other         any                          source's
 //! any               running                      target's
@@ -33,8 +34,10 @@ pub enum Guest {
 /// What is known of the other side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Peer {
-    /// Nobody answers there.
+    /// Nobody listens there.
     Unreachable,
+    /// Somebody listens there, and gave no answer: it may act on what it was told.
+    Silent,
     /// It is gone for good: the operator's word.
     Dead,
     /// Its record says this.
@@ -112,15 +115,17 @@ pub fn source(own: Word, guest: Guest, peer: Peer) -> Plan {
     match own {
         Word::HandedOver => match (peer, guest) {
             (Peer::Says(Word::Running), Guest::Runs) => Plan::new([], RunsTwice),
-            (Peer::Says(Word::Running | Word::None), _) => Plan::new([Release, Forget], TheOthers),
-            (Peer::Says(Word::Aborted), Guest::Absent) => Plan::new([Forget], Gone),
+            (Peer::Says(Word::Running), _) => Plan::new([Release, Forget], TheOthers),
+            (Peer::Says(Word::Aborted | Word::None), Guest::Absent) => Plan::new([Forget], Gone),
             (Peer::Says(Word::Aborted), _) => {
                 Plan::new([Record(Word::Aborted), Run, Tell, Forget], RunsHere)
             }
-            (Peer::Dead | Peer::Says(Word::Ready), Guest::Absent) => Plan::new([], Gone),
+            (Peer::Dead, Guest::Absent) => Plan::new([Forget], Gone),
+            (Peer::Says(Word::Ready), Guest::Absent) => Plan::new([], Gone),
             // The record stays: should the other side come back, it has to learn of this.
             (Peer::Dead, _) => Plan::new([Record(Word::Aborted), Run], RunsHere),
-            (Peer::Unreachable | Peer::Says(_), _) => Plan::new([], Unknown),
+            // One that knows nothing of a guest that it said it had, has lost its records, or is another.
+            (Peer::Unreachable | Peer::Silent | Peer::Says(_), _) => Plan::new([], Unknown),
         },
         Word::Aborted => match (peer, guest) {
             (Peer::Says(Word::Running), Guest::Runs) => Plan::new([], RunsTwice),
@@ -129,7 +134,7 @@ pub fn source(own: Word, guest: Guest, peer: Peer) -> Plan {
             (Peer::Says(word), _) if has_acted(word) => Plan::new([Run, Forget], RunsHere),
             // The record stays: what is loaded there waits for its word.
             (Peer::Says(_), _) => Plan::new([Run], RunsHere),
-            (Peer::Unreachable | Peer::Dead, _) => Plan::new([Run], RunsHere),
+            (Peer::Unreachable | Peer::Silent | Peer::Dead, _) => Plan::new([Run], RunsHere),
         },
         Word::None | Word::Attempting | Word::Ready | Word::Running => Plan::new([], Unknown),
     }
@@ -148,12 +153,15 @@ pub fn target(own: Word, guest: Guest, peer: Peer) -> Plan {
         },
         Word::Aborted => match peer {
             Peer::Says(_) | Peer::Dead => Plan::new([Release], TheOthers),
-            Peer::Unreachable => Plan::new([], TheOthers),
+            Peer::Unreachable | Peer::Silent => Plan::new([], TheOthers),
         },
         // It was loaded, and allowed to run; whether it did, before it was lost, nobody can know.
         Word::Ready
             if guest == Guest::Absent
-                && matches!(peer, Peer::Unreachable | Peer::Says(Word::HandedOver)) =>
+                && matches!(
+                    peer,
+                    Peer::Unreachable | Peer::Silent | Peer::Says(Word::HandedOver)
+                ) =>
         {
             Plan::new([], Unknown)
         }
@@ -167,12 +175,21 @@ pub fn target(own: Word, guest: Guest, peer: Peer) -> Plan {
                 Plan::new([Record(Word::Aborted), Release], TheOthers)
             }
             (Peer::Dead, Guest::Absent) => Plan::new([Record(Word::Aborted), Release], Gone),
-            (Peer::Unreachable, Guest::Whole) => Plan::new([], Unknown),
-            (Peer::Unreachable, Guest::Absent) => {
+            (Peer::Unreachable | Peer::Silent, Guest::Whole) => Plan::new([], Unknown),
+            (Peer::Unreachable | Peer::Silent, Guest::Absent) => {
                 Plan::new([Record(Word::Aborted), Release], TheOthers)
             }
         },
         Word::None | Word::HandedOver => Plan::new([], TheOthers),
+    }
+}
+
+/// What the operator's word that the other side is dead makes of what was found there. Somebody who
+/// listens is not dead; but whose monitor is gone, or who knows nothing, has no guest to speak for.
+pub fn believed_dead(found: Peer) -> Peer {
+    match found {
+        Peer::Unreachable | Peer::Says(Word::Ready | Word::None) => Peer::Dead,
+        found => found,
     }
 }
 
@@ -297,7 +314,8 @@ mod tests {
             assert!(running <= 1, "{source:?} {target:?} -> {s:?} {t:?}");
             assert_ne!(end, End::RunsTwice, "{source:?} {target:?}");
             let lost = target == Side { word: Word::Ready, guest: Guest::Absent };
-            if lost && s.word == Word::HandedOver && source.guest == Guest::Whole {
+            let forgot = target == Side { word: Word::None, guest: Guest::Runs };
+            if (lost || forgot) && s.word == Word::HandedOver && source.guest == Guest::Whole {
                 return assert_eq!((s, t, end), (source, target, End::Unknown));
             }
             assert_ne!(end, End::Unknown, "{source:?} {target:?}");
@@ -336,8 +354,10 @@ mod tests {
     #[test]
     fn a_source_that_decided_and_reaches_nobody_runs_nothing() {
         for guest in GUESTS {
-            let plan = super::source(Word::HandedOver, guest, Peer::Unreachable);
-            assert_eq!(plan, Plan::new([], End::Unknown));
+            for peer in [Peer::Unreachable, Peer::Silent] {
+                let plan = super::source(Word::HandedOver, guest, peer);
+                assert_eq!(plan, Plan::new([], End::Unknown));
+            }
         }
     }
 
@@ -345,12 +365,28 @@ mod tests {
     fn what_may_have_run_at_the_target_is_run_again_by_the_operators_word_alone() {
         let there = super::target(Word::Ready, Guest::Absent, Peer::Says(Word::HandedOver));
         assert_eq!(there, Plan::new([], End::Unknown));
-        for peer in [Peer::Says(Word::Ready), Peer::Unreachable] {
+        for peer in [Peer::Says(Word::Ready), Peer::Says(Word::None), Peer::Unreachable] {
             let here = super::source(Word::HandedOver, Guest::Whole, peer);
             assert_eq!(here, Plan::new([], End::Unknown));
         }
         let word = super::source(Word::HandedOver, Guest::Whole, Peer::Dead);
         assert_eq!(word, Plan::new([Step::Record(Word::Aborted), Step::Run], End::RunsHere));
+    }
+
+    #[test]
+    fn the_operators_word_is_not_believed_of_one_who_listens_and_has_a_guest() {
+        assert_eq!(believed_dead(Peer::Silent), Peer::Silent);
+        for word in [Word::Attempting, Word::Running, Word::Aborted] {
+            assert_eq!(believed_dead(Peer::Says(word)), Peer::Says(word));
+        }
+    }
+
+    #[test]
+    fn what_is_nowhere_any_more_leaves_no_record() {
+        for peer in [Peer::Dead, Peer::Says(Word::None), Peer::Says(Word::Aborted)] {
+            let plan = super::source(Word::HandedOver, Guest::Absent, peer);
+            assert_eq!(plan, Plan::new([Step::Forget], End::Gone));
+        }
     }
 
     #[test]

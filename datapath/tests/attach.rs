@@ -316,6 +316,7 @@ fn injections_under_signals_lose_none() {
 fn a_polling_thread_outlives_any_number_of_killed_attachers() {
     let mut helper = Helper::start("main loop");
     let pid = helper.child.id();
+    let blocked = blocked_signals(pid);
     for round in 0..60 {
         let mut attacher = Helper::start(&format!("attach {pid}"));
         // At any time of an attachment, which takes some hundred microseconds.
@@ -325,6 +326,7 @@ fn a_polling_thread_outlives_any_number_of_killed_attachers() {
         assert!(helper.child.try_wait().unwrap().is_none(), "gone after {round} kills");
     }
     assert_eq!(helper.process().tracer().unwrap(), 0);
+    assert_eq!(blocked_signals(pid), blocked);
     take_userfaultfd(&helper.process()).unwrap();
     assert!(userfaultfds(&helper.process()).is_empty(), "left by those that were killed");
     drop(helper.stdin.take());
@@ -342,6 +344,11 @@ fn what_killed_attachers_left_is_closed_and_nothing_else() {
     assert_eq!(close_leftovers(&process).unwrap(), 0);
     take_userfaultfd(&process).unwrap();
     assert_eq!(userfaultfds(&process), before[..1]);
+}
+
+fn blocked_signals(pid: u32) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    status.lines().find(|line| line.starts_with("SigBlk:")).unwrap().to_owned()
 }
 
 fn userfaultfds(process: &Process) -> Vec<RawFd> {

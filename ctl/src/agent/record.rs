@@ -78,6 +78,9 @@ pub struct Record {
     /// When that process was started, in the kernel's ticks: another may get its number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid_started: Option<u64>,
+    /// The boot of this host that they belong to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<String>,
     /// The agent's own pid.
     #[serde(default)]
     pub agent: u32,
@@ -114,6 +117,7 @@ impl Record {
             qmp,
             pid,
             pid_started: started(pid),
+            boot: Some(host::boot_id()),
             agent: std::process::id(),
             listen: None,
             security: RecordedSecurity::default(),
@@ -126,7 +130,8 @@ impl Record {
     /// Whether the monitor's process is still there.
     pub fn monitor_lives(&self) -> bool {
         let now = started(self.pid);
-        now.is_some() && (self.pid_started.is_none() || self.pid_started == now)
+        let same_boot = self.boot.as_ref().is_none_or(|boot| *boot == host::boot_id());
+        now.is_some() && same_boot && (self.pid_started.is_none() || self.pid_started == now)
     }
 
     /// What it says, as sides tell each other.

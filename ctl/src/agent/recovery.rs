@@ -12,13 +12,13 @@ use pageferry_datapath::control::{Message, Recover, Recovered, Word};
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::recover::{self, End, Guest, Peer, Step};
 
-use super::link::Link;
+use super::link::{Link, LinkError};
 use super::record::{self, Decision, Record, RecordError, RecordedSecurity, Records, Role};
 use super::stranger::Stranger;
 use super::tls::{Caller, Security};
 use crate::limits;
-use crate::qemu::device_state;
 use crate::qemu::runstate::{self, RunState};
+use crate::qemu::{device_state, pid};
 use crate::qmp::{Qmp, QmpError};
 
 /// Why a session could not be brought to its end.
@@ -60,6 +60,7 @@ pub enum RecoveryError {
 pub struct Side {
     records: Option<Records>,
     record: Record,
+    /// Its monitor, if it lives, once it was looked for.
     qmp: Option<Qmp>,
     /// Source: where the target answered last, and waits to hear that this side has acted on it.
     answered: Option<Link>,
@@ -70,8 +71,7 @@ impl Side {
     pub fn open(path: &Path) -> Result<Self, RecoveryError> {
         let records = Records::open(path)?;
         let record = records.record().clone();
-        let qmp = monitor(&record)?;
-        Ok(Self { records: Some(records), record, qmp, answered: None })
+        Ok(Self { records: Some(records), record, qmp: None, answered: None })
     }
 
     /// What its record said when it was opened.
@@ -80,7 +80,8 @@ impl Side {
     }
 
     /// The guest on this side.
-    pub fn guest(&self) -> Result<Guest, RecoveryError> {
+    pub fn guest(&mut self) -> Result<Guest, RecoveryError> {
+        self.qmp = monitor(&self.record)?;
         let Some(qmp) = &self.qmp else { return Ok(Guest::Absent) };
         match RunState::query(qmp) {
             Ok(state) if state.running => Ok(Guest::Runs),
@@ -106,9 +107,8 @@ impl Side {
         let (word, first) = recover::source_word(self.word(), guest);
         self.carry_out(first.as_slice())?;
         let mut peer = self.ask(word, until);
-        // One that answers at all is not dead; but its QEMU is, if that is all it knows.
-        if peer_is_dead && matches!(peer, Peer::Unreachable | Peer::Says(Word::Ready)) {
-            peer = Peer::Dead;
+        if peer_is_dead {
+            peer = recover::believed_dead(peer);
         }
         let plan = recover::source(self.word(), guest, peer);
         self.carry_out(&plan.steps)?;
@@ -138,15 +138,22 @@ impl Side {
 
     /// The target's way to its end, with what is known of the source.
     pub fn recover_target(&mut self, peer: Peer) -> Result<End, RecoveryError> {
-        let plan = recover::target(self.word(), self.guest()?, peer);
+        let guest = match self.word() {
+            // What is settled is so whatever there is to see, and whoever holds the monitor now.
+            Word::Running | Word::Aborted => self.guest().unwrap_or(Guest::Absent),
+            _ => self.guest()?,
+        };
+        let plan = recover::target(self.word(), guest, peer);
         self.carry_out(&plan.steps)?;
         self.set_back(plan.end);
         Ok(plan.end)
     }
 
-    /// Removes a record that says what is so, whoever asks; by the operator's word nobody does.
+    /// Removes a record that says what is so, whoever asks; by the operator's word nobody does. Nor does
+    /// a source's that gave the guest away, where the target has lost its own: nothing runs by that.
     pub fn forget_settled(&mut self) -> Result<End, RecoveryError> {
         let end = match (self.record.decision, self.record.role) {
+            (Decision::HandedOver, Role::Source) => End::TheOthers,
             (Decision::Running, _) | (Decision::Aborted, Role::Source) => End::RunsHere,
             (Decision::Aborted, Role::Target) => End::TheOthers,
             (decision, _) => return Err(RecoveryError::Undecided { decision }),
@@ -221,12 +228,19 @@ impl Side {
 fn monitor(record: &Record) -> Result<Option<Qmp>, RecoveryError> {
     let until = Instant::now() + limits::RECOVER_EXIT_MAX;
     loop {
-        let refused = match Qmp::connect(&record.qmp) {
-            Ok(qmp) if is_monitor(&qmp, record.pid) => return Ok(Some(qmp)),
-            Ok(_another) => None,
-            Err(error) => Some(error),
+        let (refused, somebody) = match Qmp::connect(&record.qmp) {
+            Ok(qmp) => match pid::find(&qmp) {
+                Ok(found) if found == record.pid && record.monitor_lives() => {
+                    return Ok(Some(qmp));
+                }
+                // Another QEMU in its place says nothing of the one that was there.
+                Ok(_another) => (None, false),
+                // Somebody answers, and /proc does not show who.
+                Err(_) => (None, true),
+            },
+            Err(error) => (Some(error), false),
         };
-        if !record.monitor_lives() {
+        if !somebody && !record.monitor_lives() {
             return Ok(None);
         }
         if Instant::now() >= until {
@@ -238,11 +252,6 @@ fn monitor(record: &Record) -> Result<Option<Qmp>, RecoveryError> {
 
 fn silent(record: &Record, source: Option<QmpError>) -> RecoveryError {
     RecoveryError::Silent { pid: record.pid, qmp: record.qmp.clone(), source }
-}
-
-/// Whether the process behind a socket is the one of the record: another may have taken its place.
-fn is_monitor(qmp: &Qmp, pid: i32) -> bool {
-    crate::qemu::pid::find(qmp).is_ok_and(|found| found == pid)
 }
 
 /// How the other side of a record is spoken to.
@@ -276,8 +285,16 @@ pub fn ask(record: &Record, word: Word, until: Instant) -> (Peer, Option<Link>) 
                 tracing::debug!(?word, "the target does not know whose the guest is");
                 known = Peer::Says(word);
             }
-            Ok((other, _)) => tracing::warn!(?other, "the target does not answer the question"),
-            Err(error) => tracing::debug!(%error, "the target does not answer"),
+            Ok((other, _)) => {
+                known = Peer::Silent;
+                tracing::warn!(?other, "the target does not answer the question");
+            }
+            Err(error) => {
+                if !matches!(error, LinkError::Connect { .. } | LinkError::Address { .. }) {
+                    known = Peer::Silent;
+                }
+                tracing::debug!(%error, "the target does not answer");
+            }
         }
         if Instant::now() >= until {
             return (known, None);
@@ -356,7 +373,7 @@ pub fn has_settled(link: &Link) -> bool {
 
 /// Whether the guest of a session runs on this side.
 pub fn runs(record: &Record) -> bool {
-    let qmp = Qmp::connect(&record.qmp).ok().filter(|qmp| is_monitor(qmp, record.pid));
+    let qmp = monitor(record).ok().flatten();
     qmp.and_then(|qmp| RunState::query(&qmp).ok()).is_some_and(|state| state.running)
 }
 
@@ -377,8 +394,8 @@ pub fn in_words(end: End, role: Role) -> &'static str {
         (End::TheOthers, Role::Source) => "the guest is the target's; here it stays paused",
         (End::TheOthers, Role::Target) => "the guest is the source's; end the QEMU that waits here",
         (End::Unknown, Role::Source) => {
-            "the hand-over was decided, and the target does not answer or can't know whether it ran \
-             there before its QEMU was lost: the guest stays paused here"
+            "only the target can know whose the guest is; it does not answer, or has lost its QEMU or \
+             its record: nothing runs here"
         }
         (End::Unknown, Role::Target) => {
             "the guest is loaded and paused here, or may have run before its QEMU was lost; only the \
@@ -396,3 +413,41 @@ pub const WAIT_S: u64 = 10;
 
 /// Pause between looks of a target that waits to be asked.
 pub const LOOK: Duration = Duration::from_millis(200);
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn asked(peer: String) -> Peer {
+        let mut record =
+            Record::attempting(SessionId(7), Role::Source, peer, PathBuf::from("/qmp"), 1);
+        record.security.insecure = true;
+        ask(&record, Word::HandedOver, Instant::now()).0
+    }
+
+    #[test]
+    fn who_listens_and_does_not_answer_is_not_one_that_nobody_reaches() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("its address").to_string();
+        let hangs_up = thread::spawn(move || drop(listener.accept()));
+        assert_eq!(asked(address.clone()), Peer::Silent);
+        hangs_up.join().expect("no panic");
+        assert_eq!(asked(address), Peer::Unreachable);
+    }
+
+    #[test]
+    fn a_monitor_is_known_by_more_than_its_number() {
+        let own = i32::try_from(std::process::id()).expect("a pid");
+        let mut record =
+            Record::attempting(SessionId(7), Role::Source, String::new(), "/qmp".into(), own);
+        assert!(record.monitor_lives());
+        record.boot = Some("another".into());
+        assert!(!record.monitor_lives());
+        record.boot = None;
+        record.pid_started = record.pid_started.map(|started| started + 1);
+        assert!(!record.monitor_lives());
+        assert!(monitor(&record).expect("it is gone").is_none());
+    }
+}

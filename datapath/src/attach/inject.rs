@@ -1,24 +1,23 @@
 //! System calls made by another process's own thread, from outside.
 //!
 //! ```text
-//!   SEIZE ▶ INTERRUPT ▶ stopped in ppoll ▶ save registers and mask ▶ block signals
+//!   SEIZE ▶ INTERRUPT ▶ stopped in ppoll ▶ save registers
 //!             for each call: rip = ppoll's own `syscall` instruction, orig_rax = -1 ▶ SYSCALL, twice ▶ rax
-//!           ◀ DETACH ◀ restore mask ◀ restore registers, orig_rax with them
+//!           ◀ DETACH ◀ restore registers, orig_rax with them ▶ send again what signals came
 //! ```
 //!
 //! * `orig_rax = -1` keeps the kernel from restarting the interrupted call when it runs ours;
 //!   putting the old one back makes it restart that call when it resumes. (`epoll_wait` and
 //!   `sigtimedwait` are not restartable: they return `EINTR`, as after any handled signal.)
-//! * Signals are blocked so that no handler runs on our registers. A stopping signal can't be
-//!   blocked; it is sent again.
+//! * Signals that come meanwhile are kept from it, so that no handler runs on our registers, and sent
+//!   again afterwards. They are not blocked: a mask would stay if this process were killed.
 //! * The whole session runs on a thread of its own that then ends: whatever goes wrong, the kernel
 //!   detaches what an exiting tracer leaves behind.
 //!
 //! This process may be killed between the first and the last change of registers; on a busy machine
 //! that is a window of milliseconds. The thread then goes on with ours. So they are changed where that
 //! does no harm: in `ppoll` or `poll`, whose place our call takes, as if it had returned what ours
-//! does: some descriptors are said to be ready that are not, as they may be after any `poll`; and
-//! the signals stay blocked that a main thread does without. A thread that is elsewhere is let go on
+//! does: some descriptors are said to be ready that are not, as they may be after any `poll`. A thread that is elsewhere is let go on
 //! and tried again. Only one that never polls is used where it is, with any `syscall` instruction:
 //! it would crash. A monitor's main thread polls.
 
@@ -28,7 +27,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use super::sys::{self, Registers, SignalMask, Waited};
+use super::sys::{self, Registers, Waited};
 use super::{Access, AttachError, Process, TakenUffd, UffdPrivilege};
 use crate::limits;
 
@@ -167,14 +166,13 @@ fn stop_while_polling(process: &Process) -> Result<(StoppedThread<'_>, Instant),
     Ok((thread, started))
 }
 
-/// A thread of another process, stopped, with its registers and signal mask saved. Dropping it
-/// restores them and lets the thread go on.
+/// A thread of another process, stopped, with its registers saved. Dropping it restores them and lets
+/// the thread go on.
 struct StoppedThread<'a> {
     process: &'a Process,
     syscall_at: u64,
     registers: Registers,
-    mask: SignalMask,
-    /// Stopping signals that came meanwhile.
+    /// Signals that came meanwhile.
     signals: Vec<libc::c_int>,
     restored: bool,
 }
@@ -198,22 +196,10 @@ impl<'a> StoppedThread<'a> {
                 }
             }
         }
-        let save = || -> io::Result<(Registers, SignalMask)> {
-            Ok((sys::registers(tid)?, sys::signal_mask(tid)?))
-        };
-        let refused = match save() {
-            Ok((registers, mask)) if registers.cs == USER_CS => {
-                let signals = Vec::new();
-                let syscall_at = 0;
-                let mut thread =
-                    Self { process, syscall_at, registers, mask, signals, restored: false };
-                return match sys::set_signal_mask(tid, SignalMask::MAX) {
-                    Ok(()) => Ok(thread),
-                    Err(error) => {
-                        thread.restore()?;
-                        Err(process.host("PTRACE_SETSIGMASK", error))
-                    }
-                };
+        let refused = match sys::registers(tid) {
+            Ok(registers) if registers.cs == USER_CS => {
+                let (signals, syscall_at) = (Vec::new(), 0);
+                return Ok(Self { process, syscall_at, registers, signals, restored: false });
             }
             Ok(_) => AttachError::Architecture { pid },
             Err(error) => process.host("PTRACE_GETREGS", error),
@@ -244,7 +230,6 @@ impl<'a> StoppedThread<'a> {
             match wait(process, deadline)? {
                 Waited::SystemCall if begun => break,
                 Waited::SystemCall => begun = true,
-                // Only a stopping signal can come now.
                 Waited::Signal(signal) => self.signals.push(signal),
                 _ => {}
             }
@@ -276,9 +261,7 @@ impl<'a> StoppedThread<'a> {
     fn let_go_on(mut self) -> Result<(), AttachError> {
         self.restored = true;
         let (process, tid) = (self.process, self.process.pid());
-        let mask = sys::set_signal_mask(tid, self.mask);
-        let resumed = sys::resume(tid, 0);
-        mask.and(resumed).map_err(|error| process.host("PTRACE_CONT", error))
+        sys::resume(tid, 0).map_err(|error| process.host("PTRACE_CONT", error))
     }
 
     fn restore(&mut self) -> Result<(), AttachError> {
@@ -295,12 +278,11 @@ impl<'a> StoppedThread<'a> {
         };
         // Each is tried, whatever became of the one before.
         let registers = sys::set_registers(tid, &self.registers).map_err(failed("PTRACE_SETREGS"));
-        let mask = sys::set_signal_mask(tid, self.mask).map_err(failed("PTRACE_SETSIGMASK"));
         let detached = sys::detach(tid).map_err(failed("PTRACE_DETACH"));
         for signal in self.signals.drain(..) {
             let _ = sys::send_signal(tid, tid, signal);
         }
-        registers.and(mask).and(detached)
+        registers.and(detached)
     }
 }
 

@@ -16,9 +16,6 @@ use libc::{c_int, c_long, c_uint, c_void, pid_t};
 #[cfg(target_arch = "x86_64")]
 pub(super) type Registers = libc::user_regs_struct;
 
-/// The kernel's own signal set, which is smaller than the C library's.
-pub(super) type SignalMask = u64;
-
 /// What a traced thread did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Waited {
@@ -91,19 +88,6 @@ pub(super) fn registers(tid: pid_t) -> io::Result<Registers> {
 #[cfg(target_arch = "x86_64")]
 pub(super) fn set_registers(tid: pid_t, registers: &Registers) -> io::Result<()> {
     ptrace(libc::PTRACE_SETREGS, tid, 0, (&raw const *registers).cast_mut().cast())
-}
-
-/// The signals a stopped thread blocks.
-pub(super) fn signal_mask(tid: pid_t) -> io::Result<SignalMask> {
-    let mut mask: SignalMask = 0;
-    ptrace(libc::PTRACE_GETSIGMASK, tid, size_of::<SignalMask>(), (&raw mut mask).cast())?;
-    Ok(mask)
-}
-
-/// Sets the signals a stopped thread blocks.
-pub(super) fn set_signal_mask(tid: pid_t, mask: SignalMask) -> io::Result<()> {
-    let mask = (&raw const mask).cast_mut().cast();
-    ptrace(libc::PTRACE_SETSIGMASK, tid, size_of::<SignalMask>(), mask)
 }
 
 /// Sends `signal` to one thread.

@@ -223,13 +223,14 @@ impl World {
                 self.asked.question = Some(word);
                 self.job(Side::Source).stage = Stage::Waits;
             }
-            Recovers::Lost | Recovers::GivesUp => {
+            Recovers::Lost => self.answered(Peer::Unreachable),
+            Recovers::GivesUp => {
                 self.asked.answer = None;
-                self.answered(None);
+                self.answered(Peer::Silent);
             }
             Recovers::Hears => {
-                let word = self.asked.answer.take();
-                self.answered(word);
+                let word = self.asked.answer.take().expect("it was asked for");
+                self.answered(Peer::Says(word));
             }
             Recovers::Answers => {
                 let word = self.asked.question.expect("it was asked for");
@@ -328,20 +329,16 @@ impl World {
     }
 
     /// The source has an answer, or none.
-    fn answered(&mut self, word: Option<Word>) {
+    fn answered(&mut self, found: Peer) {
         let job = self.job(Side::Source);
         let (purpose, guest, planned) = (job.purpose, job.guest, job.planned);
         job.stage = Stage::Steps;
         match purpose {
-            Purpose::Tells if word.is_some_and(recover::has_acted) => {
+            Purpose::Tells if matches!(found, Peer::Says(word) if recover::has_acted(word)) => {
                 self.job(Side::Source).steps.push_back(Step::Forget);
             }
             Purpose::Recovers { peer_is_dead } if !planned => {
-                let peer = match word {
-                    None | Some(Word::Ready) if peer_is_dead => Peer::Dead,
-                    Some(word) => Peer::Says(word),
-                    None => Peer::Unreachable,
-                };
+                let peer = if peer_is_dead { recover::believed_dead(found) } else { found };
                 let plan = self.plan_of_source(guest, peer);
                 let job = self.job(Side::Source);
                 (job.steps, job.planned, job.end) = (plan.steps.into(), true, Some(plan.end));
