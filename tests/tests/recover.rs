@@ -13,7 +13,7 @@ use pageferry_ctl::agent::tls::Caller;
 use pageferry_ctl::lab::{Qemu, Workplace, certificates, is_root, one_at_a_time, skip};
 use pageferry_ctl::qemu::runstate::RunState;
 use pageferry_ctl::qmp::Qmp;
-use pageferry_datapath::control::{Message, Recover, Word};
+use pageferry_datapath::control::{Hello, Message, Recover, Word};
 use pageferry_datapath::ids::SessionId;
 use pageferry_tests::agents::{Agent, Ended, PORT};
 use pageferry_tests::scene::{SOON, Scene};
@@ -264,17 +264,27 @@ fn assert_a_stranger_is_refused(
     (path, session): &(PathBuf, SessionId),
     why: &str,
 ) -> Outcome {
-    let dir = certificates(&scene.workplace, "stranger")?;
-    let caller = Caller { tls_dir: Some(dir), ..Caller::default() };
-    let (at, before) = (format!("{}:{PORT}", scene.there().address), std::fs::read(path)?);
+    let before = std::fs::read(path)?;
     for word in [Word::HandedOver, Word::Aborted, Word::None] {
-        let link = scene.here().namespace.run(|| Link::connect(&at, &caller, SOON))??;
-        link.send(&Message::Recover(Recover { session: *session, word }))?;
-        let Message::Abort(abort) = link.receive(SOON)? else { return Err("no abort".into()) };
-        assert!(abort.text.contains(why), "{word:?}: {abort:?}");
+        let asks = Message::Recover(Recover { session: *session, word });
+        let refused = refused(scene, &asks)?;
+        assert!(refused.contains(why), "{word:?}: {refused}");
         assert!(std::fs::read(path)? == before, "{word:?} changed the record");
     }
     Ok(())
+}
+
+/// Why whoever listens at the target refuses what the stranger says first.
+fn refused(scene: &Scene, says: &Message) -> Result<String, Box<dyn std::error::Error>> {
+    let dir = certificates(&scene.workplace, "stranger")?;
+    let caller = Caller { tls_dir: Some(dir), ..Caller::default() };
+    let at = format!("{}:{PORT}", scene.there().address);
+    let link = scene.here().namespace.run(|| Link::connect(&at, &caller, SOON))??;
+    link.send(says)?;
+    match link.receive(SOON)? {
+        Message::Abort(abort) => Ok(abort.text),
+        other => Err(format!("it was not refused: {other:?}").into()),
+    }
 }
 
 #[test]
@@ -315,12 +325,24 @@ fn a_stranger_s_word_runs_and_ends_nobody_s_guest() -> Outcome {
     let (state, at) = (state.display().to_string(), format!("{}:{PORT}", scene.there().address));
     let listens = ["target", "--listen", &at, "--tls-dir", &dir, "--state-dir", &state];
     let only = format!("peer={}", scene.here().address);
-    for (allow, why) in [("peer=*", not_its_own), (&only, "may not bring guests here")] {
+    // Nor may it begin what has this number, and be its source then.
+    let hello = Message::Hello(Hello {
+        session: record.1,
+        software: "a test".into(),
+        host: "stranger".into(),
+        boot_id: String::new(),
+        rejoins: false,
+    });
+    let (recorded, not_allowed) = ("a record of this session", "may not bring guests here");
+    for (allow, why, nor) in [("peer=*", not_its_own, recorded), (&only, not_allowed, not_allowed)]
+    {
         let args = [&listens[..], &["--allow", allow]].concat();
         let another = Agent::start(&workplace, Some(scene.there()), "another", &args)?;
         another.wait_text("listening", SOON)?;
         assert_a_stranger_is_refused(&scene, &record, why)?;
         assert!(another.complained().contains(why), "{}", another.complained());
+        let refused = refused(&scene, &hello)?;
+        assert!(refused.contains(nor), "{refused}");
         another.signal(Signal::SIGINT);
         another.wait(SOON)?;
     }
