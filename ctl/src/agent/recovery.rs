@@ -8,10 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry_datapath::attach::{self, Process};
-use pageferry_datapath::control::{Message, Recover, Recovered, Word};
+use pageferry_datapath::control::{Abort, AbortReason, Message, Recover, Recovered, Word};
 use pageferry_datapath::ids::SessionId;
 use pageferry_datapath::recover::{self, End, Guest, Peer, Step};
 
+use super::failure::one_line;
 use super::link::{Link, LinkError};
 use super::record::{self, Decision, Record, RecordError, RecordedSecurity, Records, Role};
 use super::stranger::Stranger;
@@ -285,6 +286,11 @@ pub fn ask(record: &Record, word: Word, until: Instant) -> (Peer, Option<Link>) 
                 tracing::debug!(?word, "the target does not know whose the guest is");
                 known = Peer::Says(word);
             }
+            // It will not answer the next question either, and whoever asks can do something about it.
+            Ok((Message::Abort(Abort { reason: AbortReason::Refused, text, .. }), _)) => {
+                eprintln!("error: the target does not answer: {}", one_line(&text));
+                return (Peer::Silent, None);
+            }
             Ok((other, _)) => {
                 known = Peer::Silent;
                 tracing::warn!(?other, "the target does not answer the question");
@@ -416,15 +422,18 @@ pub const LOOK: Duration = Duration::from_millis(200);
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::net::TcpListener;
+
+    use pageferry_datapath::control::encode;
 
     use super::*;
 
-    fn asked(peer: String) -> Peer {
+    fn asked(peer: String, until: Instant) -> Peer {
         let mut record =
             Record::attempting(SessionId(7), Role::Source, peer, PathBuf::from("/qmp"), 1);
         record.security.insecure = true;
-        ask(&record, Word::HandedOver, Instant::now()).0
+        ask(&record, Word::HandedOver, until).0
     }
 
     #[test]
@@ -432,9 +441,25 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("its address").to_string();
         let hangs_up = thread::spawn(move || drop(listener.accept()));
-        assert_eq!(asked(address.clone()), Peer::Silent);
+        assert_eq!(asked(address.clone(), Instant::now()), Peer::Silent);
         hangs_up.join().expect("no panic");
-        assert_eq!(asked(address), Peer::Unreachable);
+        assert_eq!(asked(address, Instant::now()), Peer::Unreachable);
+    }
+
+    #[test]
+    fn who_refuses_is_not_asked_again_and_not_dead() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("its address").to_string();
+        let refuses = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("somebody asks");
+            let text = "host-b is not the source".into();
+            let abort = Abort { reason: AbortReason::Refused, text, hint: None };
+            stream.write_all(&encode(&Message::Abort(abort))).expect("it listens");
+            while matches!(stream.read(&mut [0; 4096]), Ok(1..)) {}
+        });
+        let long = Instant::now() + Duration::from_secs(3600);
+        assert_eq!(asked(address, long), Peer::Silent);
+        refuses.join().expect("no panic");
     }
 
     #[test]
