@@ -348,8 +348,8 @@ pub struct RecoverArgs {
     /// The other side's guest does not run and never will: your word.
     #[arg(long, requires = "session")]
     pub peer_is_dead: bool,
-    /// Remove the record of a session that is settled here, or at the source gave the guest away, and
-    /// that the other side has no record of: your word. Nothing runs by it.
+    /// Remove the record of a session that the other side has none of, if it is settled here or nothing
+    /// could run here by it: your word.
     #[arg(long, requires = "session", conflicts_with = "peer_is_dead")]
     pub forget: bool,
     /// For how many seconds to wait for the other side.

@@ -164,12 +164,10 @@ fn say(args: &RecoverArgs, record: &Record, end: End) {
             "hint: if its QEMU does not run and never will: pageferry recover {session} \
              --peer-is-dead"
         );
-        if record.role == Role::Source {
-            eprintln!(
-                "hint: if it runs there, and `recover` there finds no record: pageferry recover \
-                 {session} --forget"
-            );
-        }
+        eprintln!(
+            "hint: if it runs there, and `recover` there finds no record: pageferry recover {session} \
+             --forget"
+        );
     }
 }
 

@@ -150,11 +150,17 @@ impl Side {
         Ok(plan.end)
     }
 
-    /// Removes a record that says what is so, whoever asks; by the operator's word nobody does. Nor does
-    /// a source's that gave the guest away, where the target has lost its own: nothing runs by that.
+    /// Removes a record that says what is so, whoever asks; by the operator's word nobody does. And one
+    /// by which nothing could run here: a source's that gave the guest away, where the target has lost
+    /// its own; a target's without a guest, where the source has.
     pub fn forget_settled(&mut self) -> Result<End, RecoveryError> {
         let end = match (self.record.decision, self.record.role) {
             (Decision::HandedOver, Role::Source) => End::TheOthers,
+            (Decision::Ready | Decision::Attempting, Role::Target)
+                if self.guest()? == Guest::Absent =>
+            {
+                End::TheOthers
+            }
             (Decision::Running, _) | (Decision::Aborted, Role::Source) => End::RunsHere,
             (Decision::Aborted, Role::Target) => End::TheOthers,
             (decision, _) => return Err(RecoveryError::Undecided { decision }),

@@ -66,8 +66,8 @@ fn one_search_as_asked_for() {
 }
 
 #[test]
-fn nor_does_recover_on_either_side_after_one_fault() {
-    find_nothing(Setting { faults: 1, writes: 0, recovers: 1, ..Setting::default() });
+fn nor_does_recover_on_either_side_after_two_faults() {
+    find_nothing(Setting { faults: 2, writes: 0, recovers: 1, ..Setting::default() });
 }
 
 #[test]

@@ -142,12 +142,15 @@ impl World {
         }
     }
 
-    /// What an operator can know of a side: its host is lost; or, at the target, there is no guest, and
-    /// `recover` there says that it may have run it, or knows nothing of the session.
+    /// What an operator can know of a side: its host is lost; or there is no guest, and `recover` there
+    /// knows nothing of the session or, at the target, says that it may have run it.
     fn surely_dead(&self, side: Side) -> bool {
         let knows = matches!(self.word(side), Word::Ready | Word::None);
         let gone = knows && self.guest_of(side) == Guest::Absent && !self.works(side);
-        let asked = side == Side::Target && self.word(Side::Source) != Word::None;
+        let asked = match side {
+            Side::Target => self.word(Side::Source) != Word::None,
+            Side::Source => self.word(Side::Source) == Word::None,
+        };
         self.lost[side as usize] || (asked && gone)
     }
 
@@ -451,6 +454,10 @@ impl World {
         if side == Side::Target && (answering || self.asked.live) {
             self.asked = Asked::default();
         }
+        if side == Side::Source {
+            // On its way to nobody.
+            self.asked.answer = None;
+        }
     }
 
     /// The documented way out of every state in which nothing happens any more: `recover` on both
@@ -476,6 +483,13 @@ impl World {
             self.break_rule(Rule::WayOut, format!("recovering: {violation:?}"));
         }
         let records = (self.disks[0].seen, self.disks[1].seen);
+        // What has no guest and nobody to ask is forgotten by the operator's word: nothing runs by it.
+        let forgets = after.guest_of(Side::Target) == Guest::Absent
+            && after.word(Side::Source) == Word::None
+            && ends[1] == Some(End::Unknown);
+        if forgets {
+            ends[1] = None;
+        }
         if ends.contains(&Some(End::Unknown)) || ends.contains(&Some(End::RunsTwice)) {
             self.break_rule(Rule::WayOut, format!("no way out: {records:?}, {ends:?}"));
         }
@@ -489,7 +503,11 @@ impl World {
         // The copy that is left is older than what ran on the side that is gone.
         let stale = match survivor {
             Side::Source => self.waiting.ran && !(gone[1] && self.word(Side::Source) != Word::None),
-            Side::Target => self.memory.went_on && !self.waiting.ran,
+            // Or may be, for all that is known there: it was given back.
+            Side::Target => {
+                let given_back = self.word(Side::Target) == Word::Aborted;
+                given_back || self.memory.went_on && !self.waiting.ran
+            }
         };
         let there = whole[at] != Guest::Absent && !self.lost[at];
         if there && runs[at] != Guest::Runs && !stale {
