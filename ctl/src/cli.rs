@@ -333,7 +333,8 @@ guest runs twice, and both write to its disks.
 
 --forget is your word that the other side has no record of the session. If it has one, and its QEMU
 waits for the word of this side, it waits for ever: nothing runs that should not, but only
---peer-is-dead there gets it going or you end it.
+--peer-is-dead there gets it going or you end it. A record that can't be read is removed too: one that
+was never written said nothing; for one that was spoiled, look first on which side the guest runs.
 
 Exit codes: 0 every session is settled; 1 a guest is gone; 2 bad usage; 3 a record is in use or can't
 be read; 4 only the other side knows, and it does not answer; 5 a guest did not go on.";

@@ -13,22 +13,29 @@ use pageferry_datapath::recover::{End, Peer};
 
 use crate::agent::acceptor::{Acceptor, Arrival};
 use crate::agent::failure;
-use crate::agent::record::{self, Record, Role};
+use crate::agent::record::{self, Record, Role, Unreadable};
 use crate::agent::recovery::{self, LOOK, RecoveryError, Side};
 use crate::agent::tls::Door;
 use crate::cli::RecoverArgs;
 use crate::qmp::QmpError;
 use crate::report::exit::Exit;
+use crate::status;
 
 /// Runs the subcommand.
 pub fn run(args: &RecoverArgs) -> Exit {
-    let records = record::list(&args.state_dir);
-    let asked = |record: &Record| args.session.is_none_or(|session| record.session == session);
-    let found: Vec<_> = records.into_iter().filter(|(_, record)| asked(record)).collect();
-    if found.is_empty() {
+    let asked = |session| args.session.is_none_or(|it| it == session);
+    let mut found = record::list(&args.state_dir);
+    found.retain(|(_, record)| asked(record.session));
+    let mut unread = match record::unreadable(&args.state_dir) {
+        Ok(unread) => unread,
+        Err(error) => return status::not_seen(&args.state_dir, &error),
+    };
+    unread.retain(|file| asked(file.session));
+    if found.is_empty() && unread.is_empty() {
         return nothing_found(args);
     }
-    let mut worst = Exit::Done;
+    let unread = unread.into_iter().map(|file| unreadable(args, file));
+    let mut worst = unread.max_by_key(|exit| exit.code()).unwrap_or(Exit::Done);
     for (path, record) in found {
         let exit = match recover(args, &path, &record) {
             Ok(end) => {
@@ -119,6 +126,41 @@ fn wait_for_the_source(
             Ok(_) | Err(_) => {}
         }
     }
+}
+
+/// What its file says nobody can know; it goes by the operator's word.
+fn unreadable(args: &RecoverArgs, file: Unreadable) -> Exit {
+    let (session, path, said) = (file.session, file.path.clone(), file.in_words());
+    let blank = file.never_written;
+    if !args.forget {
+        eprintln!("error: {session}: {}: {said}", path.display());
+        if !blank {
+            eprintln!(
+                "hint: look with `query-status` at the QEMUs of both hosts whose guest it is; the \
+                 other side's record may say"
+            );
+        }
+        eprintln!("hint: pageferry recover {session} --forget removes it");
+        return Exit::Refused;
+    }
+    match file.remove() {
+        Ok(()) if args.json => println!(
+            "{}",
+            serde_json::json!({
+                "event": "forgotten",
+                "session": session.to_string(),
+                "path": path,
+                "unreadable": said,
+            })
+        ),
+        Ok(()) => println!("{session}: {} is removed: {said}", path.display()),
+        Err(error) => {
+            eprintln!("error: {session}: {}", failure::chain("", &error));
+            eprintln!("hint: `pageferry status` says who has it");
+            return Exit::Refused;
+        }
+    }
+    Exit::Done
 }
 
 fn nothing_found(args: &RecoverArgs) -> Exit {

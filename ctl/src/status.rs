@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::agent::record::{self, Record, Role};
+use crate::agent::record::{self, Record, Role, Unreadable};
 use crate::agent::recovery::LOOK;
 use crate::cli::{CancelArgs, StatusArgs};
 use crate::report::exit::Exit;
@@ -18,7 +18,11 @@ const CANCEL_WAIT: Duration = Duration::from_secs(30);
 /// Lists sessions.
 pub fn run(args: &StatusArgs) -> Exit {
     let records = record::list(&args.state_dir);
-    if records.is_empty() && !args.json {
+    let unreadable = match record::unreadable(&args.state_dir) {
+        Ok(unreadable) => unreadable,
+        Err(error) => return not_seen(&args.state_dir, &error),
+    };
+    if records.is_empty() && unreadable.is_empty() && !args.json {
         println!("no sessions: no records in {}", args.state_dir.display());
     }
     for (path, record) in &records {
@@ -40,14 +44,46 @@ pub fn run(args: &StatusArgs) -> Exit {
             false => println!("{}", line(record, live)),
         }
     }
+    for found in &unreadable {
+        match args.json {
+            true => println!(
+                "{}",
+                serde_json::json!({
+                    "session": found.session.to_string(),
+                    "role": found.role,
+                    "live": found.live,
+                    "path": found.path,
+                    "unreadable": found.in_words(),
+                })
+            ),
+            false => println!("{}", unread_line(found)),
+        }
+    }
     Exit::Done
+}
+
+/// Nobody may take a folder that can't be looked into for an empty one.
+pub(crate) fn not_seen(dir: &Path, error: &std::io::Error) -> Exit {
+    eprintln!("error: the records in {}: {error}", dir.display());
+    eprintln!(
+        "hint: run this as the user who runs the agents, or name the folder with --state-dir"
+    );
+    Exit::Refused
+}
+
+fn unread_line(found: &Unreadable) -> String {
+    let state = match found.live {
+        true => "being made by its agent".into(),
+        false => format!("{}; see `pageferry recover`", found.in_words()),
+    };
+    format!("{}  {}  {}  {state}", found.session, found.role.name(), found.path.display())
 }
 
 fn line(record: &Record, live: bool) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let (role, preposition) = match record.role {
-        Role::Source => ("source", "to"),
-        Role::Target => ("target", "from"),
+        Role::Source => (record.role.name(), "to"),
+        Role::Target => (record.role.name(), "from"),
     };
     let state = match live {
         true => format!("on its way (agent {})", record.agent),
@@ -72,7 +108,14 @@ pub fn cancel(args: &CancelArgs) -> Exit {
         eprintln!("hint: `pageferry status` lists the sessions of this host");
         return Exit::Refused;
     };
-    let agent = record::read(&path).map(|record| record.agent).unwrap_or(0);
+    let agent = match record::read(&path) {
+        Ok(record) => record.agent,
+        Err(error) => {
+            eprintln!("error: {} can't be read: {error}", path.display());
+            eprintln!("hint: pageferry recover {} says what can be done", args.session);
+            return Exit::Refused;
+        }
+    };
     if !record::is_in_use(&path) || agent == 0 {
         eprintln!("error: {} is not on its way: its agent is gone", args.session);
         eprintln!("hint: pageferry recover {} brings it to its end", args.session);

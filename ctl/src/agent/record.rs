@@ -7,7 +7,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -19,6 +19,10 @@ use serde::{Deserialize, Serialize};
 use super::tls::Identity;
 use crate::host;
 use crate::qemu::capabilities::Settings;
+
+mod unreadable;
+
+pub use self::unreadable::{Unreadable, unreadable};
 
 /// Where records are kept unless told otherwise.
 pub const STATE_DIR: &str = "/var/lib/pageferry";
@@ -39,6 +43,16 @@ pub enum Role {
     Source,
     /// Where it goes.
     Target,
+}
+
+impl Role {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Target => "target",
+        }
+    }
 }
 
 /// How far a session had come, durably.
@@ -188,19 +202,34 @@ pub struct Records {
 }
 
 impl Records {
-    /// Begins a record as [`Decision::Attempting`]; creates the folder if it is not there.
+    /// Begins a record as [`Decision::Attempting`]; creates the folder if it is not there. Where that
+    /// fails, on a full disk say, no file stays that nobody can read.
     pub fn begin(dir: &Path, record: Record) -> Result<Self, RecordError> {
         let path = path_of(dir, record.session, record.role);
+        let failed = |source| RecordError { path: path.clone(), step: "created", source };
+        create_dir(dir).map_err(failed)?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path);
+        let file = file.map_err(failed)?;
+        Self::fill(dir, path.clone(), file, record).inspect_err(|_| {
+            if let Err(error) = fs::remove_file(&path) {
+                tracing::warn!(%error, "{} stays, and holds nothing", path.display());
+            }
+        })
+    }
+
+    fn fill(dir: &Path, path: PathBuf, file: File, record: Record) -> Result<Self, RecordError> {
         let failed = |step: &'static str| {
             let path = path.clone();
             move |source| RecordError { path, step, source }
         };
-        create_dir(dir).map_err(failed("created"))?;
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(failed("created"))?;
-        // For as long as this agent lives: whoever can lock it later knows that it does not.
-        file.try_lock().map_err(|error| failed("locked")(error.into()))?;
+        // For as long as this agent lives: whoever can lock it later knows that it does not. Who only
+        // looks whether it is in use lets go at once.
+        lock_soon(&file).map_err(failed("locked"))?;
+        if file.metadata().map_err(failed("created"))?.nlink() == 0 {
+            // Somebody took it for one that was left behind.
+            return Err(failed("created")(ErrorKind::NotFound.into()));
+        }
         file.write_all_at(&[0; SLOTS * SLOT_BYTES], 0).map_err(failed("written"))?;
         file.sync_all().map_err(failed("made durable"))?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("made durable"))?;
@@ -286,10 +315,7 @@ impl Records {
     /// Removes a record that could not be corrected; durable when this returns.
     pub fn remove(self) -> Result<(), RecordError> {
         let path = self.path;
-        let removed = fs::remove_file(&path).and_then(|()| match path.parent() {
-            Some(dir) => File::open(dir)?.sync_all(),
-            None => Ok(()),
-        });
+        let removed = remove_durably(&path);
         removed.map_err(|source| RecordError { path, step: "removed", source })
     }
 }
@@ -300,16 +326,29 @@ pub fn create_dir(dir: &Path) -> std::io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
-/// Where the record of a session is kept.
-pub fn path_of(dir: &Path, session: SessionId, role: Role) -> PathBuf {
-    let role = match role {
-        Role::Source => "source",
-        Role::Target => "target",
-    };
-    dir.join(format!("{session}.{role}.json"))
+fn remove_durably(path: &Path) -> std::io::Result<()> {
+    fs::remove_file(path)?;
+    path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
 }
 
-/// Every record in a folder, the oldest first; what can't be read is left out.
+fn lock_soon(file: &File) -> std::io::Result<()> {
+    let until = Instant::now() + INHERIT_WAIT;
+    loop {
+        match file.try_lock() {
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < until => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            locked => return locked.map_err(Into::into),
+        }
+    }
+}
+
+/// Where the record of a session is kept.
+pub fn path_of(dir: &Path, session: SessionId, role: Role) -> PathBuf {
+    dir.join(format!("{session}.{}.json", role.name()))
+}
+
+/// Every record in a folder that can be read, the oldest first; [`unreadable`] has the others.
 pub fn list(dir: &Path) -> Vec<(PathBuf, Record)> {
     let files = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let records = files.filter(|path| path.extension().is_some_and(|it| it == "json"));
@@ -342,6 +381,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::lab::{SmallDisk, Workplace, is_root, skip};
 
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).expect("it is there").permissions().mode() & 0o7777
@@ -402,5 +442,26 @@ mod tests {
         assert_eq!(list(dir.path()), [(path, records.record().clone())]);
         records.forget();
         assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 0);
+    }
+
+    #[test]
+    fn a_record_that_does_not_fit_on_the_disk_leaves_no_file_behind() {
+        let name = "a_record_that_does_not_fit_on_the_disk_leaves_no_file_behind";
+        if !is_root() {
+            return skip(name, "needs root to mount");
+        }
+        let workplace = Workplace::new().expect("a workplace");
+        let disk = SmallDisk::tmpfs(&workplace, "records", 1 << 16).expect("mounted");
+        let begin = || {
+            let peer = "10.0.0.2:4444".into();
+            let record = Record::attempting(SessionId(7), Role::Target, peer, "/qmp".into(), 1);
+            Records::begin(disk.path(), record)
+        };
+        disk.fill().expect("filled");
+        let failed = begin().expect_err("there is no room");
+        assert_eq!((failed.step, failed.source.kind()), ("written", ErrorKind::StorageFull));
+        assert!(!failed.path.exists(), "nobody could read it");
+        disk.empty();
+        begin().expect("there is room");
     }
 }

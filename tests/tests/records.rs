@@ -1,0 +1,68 @@
+//! `pageferry status`, `recover` and `cancel` on records alone: no guest, no agent, no other side.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use pageferry_ctl::agent::record::{Role, SLOT_BYTES, SLOTS, path_of};
+use pageferry_ctl::lab::program;
+use pageferry_datapath::ids::SessionId;
+use serde_json::Value;
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+const DONE: i32 = 0;
+const REFUSED: i32 = 3;
+
+/// `pageferry ARGS` on a folder of records: its exit code, the JSON lines it says, and its errors.
+fn pageferry(
+    dir: &Path,
+    args: &[&str],
+) -> Result<(i32, Vec<Value>, String), Box<dyn std::error::Error>> {
+    let Output { status, stdout, stderr } =
+        Command::new(program()?).args(args).arg("--state-dir").arg(dir).output()?;
+    let text = String::from_utf8(stdout)?;
+    let events = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    Ok((status.code().unwrap_or(-1), events, String::from_utf8(stderr)?))
+}
+
+#[test]
+fn a_record_that_can_t_be_read_is_shown_and_goes_by_the_operator_s_word() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    let (blank, spoiled) = (SessionId(0xb1), SessionId(0x5b));
+    fs::write(path_of(dir, blank, Role::Source), [])?;
+    fs::write(path_of(dir, spoiled, Role::Target), [b'?'; SLOTS * SLOT_BYTES])?;
+
+    let (code, shown, _) = pageferry(dir, &["status", "--json"])?;
+    assert_eq!((code, shown.len()), (DONE, 2), "{shown:?}");
+    for (session, role, reason) in
+        [(blank, "source", "never written"), (spoiled, "target", "can't be read")]
+    {
+        let line = shown.iter().find(|line| line["session"] == session.to_string());
+        let line = line.ok_or("it is shown")?;
+        assert_eq!(line["role"], role);
+        assert!(line["unreadable"].as_str().is_some_and(|it| it.contains(reason)), "{line}");
+        assert!(line["path"].as_str().is_some_and(|it| Path::new(it).exists()), "{line}");
+    }
+
+    let (code, _, errors) = pageferry(dir, &["recover"])?;
+    assert_eq!(code, REFUSED);
+    for session in [blank, spoiled] {
+        assert!(errors.contains(&format!("recover {session} --forget")), "{errors}");
+    }
+    assert!(errors.contains("query-status"), "where the guest is has to be looked for: {errors}");
+    let (code, _, errors) = pageferry(dir, &["cancel", &blank.to_string()])?;
+    assert_eq!(code, REFUSED);
+    assert!(errors.contains("can't be read"), "{errors}");
+
+    for session in [blank, spoiled] {
+        let session = session.to_string();
+        let (code, said, errors) = pageferry(dir, &["recover", &session, "--forget", "--json"])?;
+        assert_eq!((code, &said[0]["event"]), (DONE, &"forgotten".into()), "{errors}");
+    }
+    assert_eq!(fs::read_dir(dir)?.count(), 0);
+    assert_eq!(pageferry(dir, &["recover"])?.0, DONE);
+    Ok(())
+}
