@@ -25,13 +25,15 @@ fn main() -> ExitCode {
         privileges::this_is_an_agent();
     }
     let (to_cancel, cancel) = bounded(16);
-    let handler = ctrlc::set_handler(move || {
-        // A full channel has been asked often enough.
-        let _asked_already = to_cancel.try_send(());
-    });
-    if let Err(error) = handler {
-        eprintln!("error: signal handler: {error}");
-        return Exit::Refused.into();
+    if winds_down(&cli.command) {
+        let handler = ctrlc::set_handler(move || {
+            // A full channel has been asked often enough.
+            let _asked_already = to_cancel.try_send(());
+        });
+        if let Err(error) = handler {
+            eprintln!("error: signal handler: {error}");
+            return Exit::Refused.into();
+        }
     }
     match cli.command {
         Command::Migrate(args) => {
@@ -50,4 +52,12 @@ fn main() -> ExitCode {
         Command::Guard => guard::run().into(),
         Command::GuestInit => unreachable!("it never returns"),
     }
+}
+
+/// Whether Ctrl-C, SIGTERM and SIGHUP are heard rather than ending the process where it stands: by
+/// those that have a guest to put back. The others may be ended at any step; what `recover` does is
+/// on record before it does it. A guard has to outlive what ends its agent's whole group.
+fn winds_down(command: &Command) -> bool {
+    use Command::{Demo, Drain, Guard, Migrate, Target};
+    matches!(command, Migrate(_) | Target(_) | Drain(_) | Demo(_) | Guard)
 }

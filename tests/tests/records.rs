@@ -2,10 +2,17 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use pageferry_ctl::agent::record::{Role, SLOT_BYTES, SLOTS, path_of};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pageferry_ctl::agent::record::{
+    self, Decision, Record, Records, Role, SLOT_BYTES, SLOTS, path_of,
+};
 use pageferry_ctl::lab::program;
 use pageferry_datapath::ids::SessionId;
 use serde_json::Value;
@@ -14,6 +21,12 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 const DONE: i32 = 0;
 const REFUSED: i32 = 3;
+
+/// A busy machine.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Nobody's process.
+const NO_PID: i32 = i32::MAX;
 
 /// `pageferry ARGS` on a folder of records: its exit code, the JSON lines it says, and its errors.
 fn pageferry(
@@ -64,5 +77,48 @@ fn a_record_that_can_t_be_read_is_shown_and_goes_by_the_operator_s_word() -> Out
     }
     assert_eq!(fs::read_dir(dir)?.count(), 0);
     assert_eq!(pageferry(dir, &["recover"])?.0, DONE);
+    Ok(())
+}
+
+/// A source's record of a session whose agent, QEMU and target are gone.
+fn left_behind(dir: &Path, session: SessionId) -> Result<Records, Box<dyn std::error::Error>> {
+    let (peer, qmp) = ("127.0.0.1:1".to_owned(), dir.join("none.qmp"));
+    let mut record = Record::attempting(session, Role::Source, peer, qmp, NO_PID);
+    record.security.insecure = true;
+    Ok(Records::begin(dir, record)?)
+}
+
+#[test]
+fn ctrl_c_ends_a_recover_that_waits() -> Outcome {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let dir = tempfile::tempdir()?;
+        let path = left_behind(dir.path(), SessionId(7))?.path().to_owned();
+        let mut recover = Command::new(program()?)
+            .args(["recover", "--wait", "600", "--state-dir"])
+            .arg(dir.path())
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let until = Instant::now() + SOON;
+        // Written before the target is asked.
+        while record::read(&path)?.decision != Decision::HandedOver {
+            assert!(Instant::now() < until && recover.try_wait()?.is_none(), "it asks");
+            thread::sleep(Duration::from_millis(20));
+        }
+        kill(Pid::from_raw(recover.id() as i32), signal)?;
+        let ended = loop {
+            if let Some(status) = recover.try_wait()? {
+                break status.signal();
+            }
+            if Instant::now() >= until {
+                recover.kill()?;
+                recover.wait()?;
+                return Err(format!("{signal} is swallowed").into());
+            }
+            thread::sleep(Duration::from_millis(20));
+        };
+        assert_eq!(ended, Some(signal as i32));
+        assert_eq!(record::read(&path)?.decision, Decision::HandedOver);
+    }
     Ok(())
 }
