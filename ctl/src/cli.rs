@@ -62,7 +62,7 @@ pub enum Command {
     Recover(RecoverArgs),
     /// List the migrations that this host has records of, and which of them are on their way.
     Status(StatusArgs),
-    /// End a migration that is on its way; the guest goes on at the source.
+    /// End a migration that is on its way, at either end; the guest goes on at the source.
     Cancel(CancelArgs),
     /// Set up two hosts (network namespaces) with a guest each and move one live.
     Demo(DemoArgs),
@@ -146,6 +146,10 @@ pub struct TargetArgs {
     /// Where to write down what was decided.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
+    /// Where each migration has a socket for `pageferry cancel`. Default: /run/pageferry (root), or
+    /// $XDG_RUNTIME_DIR/pageferry.
+    #[arg(long, value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
     /// What may be written, and by whom; may be given several times. qmp=PATTERN: sockets that a
     /// source may name. memory=PATTERN: files of guest memory. guest=PATTERN: QEMU's -name.
     /// peer=PATTERN: names in the source's certificate. Default: whoever has a certificate, into

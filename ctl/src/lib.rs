@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod bandwidth;
+pub mod cancel;
 pub mod cli;
 pub mod cores;
 pub mod demo;

@@ -9,7 +9,8 @@ use pageferry_ctl::cli::{Cli, Command};
 use pageferry_ctl::qemu::guard;
 use pageferry_ctl::report::exit::Exit;
 use pageferry_ctl::{
-    demo, drain, lab, migrate, pki, privileges, probe, receive, recover, report, settings, status,
+    cancel, demo, drain, lab, migrate, pki, privileges, probe, receive, recover, report, settings,
+    status,
 };
 
 fn main() -> ExitCode {
@@ -46,7 +47,7 @@ fn main() -> ExitCode {
         Command::Probe(args) => probe::run(&args).into(),
         Command::Recover(args) => recover::run(&args).into(),
         Command::Status(args) => status::run(&args).into(),
-        Command::Cancel(args) => status::cancel(&args).into(),
+        Command::Cancel(args) => cancel::run(&args).into(),
         Command::Set(args) => settings::run(&args).into(),
         Command::Pki(args) => pki::run(&args).into(),
         Command::Guard => guard::run().into(),

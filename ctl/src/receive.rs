@@ -12,6 +12,7 @@ use pageferry_datapath::target::Outcome;
 use pageferry_uring::plan::ZeroCopyWish;
 
 use crate::agent::acceptor::{Acceptor, ListenError};
+use crate::agent::admin;
 use crate::agent::allow::Allowed;
 use crate::agent::compress::Compress;
 use crate::agent::failure;
@@ -70,6 +71,7 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
         },
         qmp: args.qmp.clone(),
         state_dir: args.state_dir.clone(),
+        runtime_dir: args.runtime_dir.clone().unwrap_or_else(admin::runtime_dir),
         listen: args.listen.clone(),
         security: RecordedSecurity {
             tls_dir: args.tls.tls_dir.clone(),

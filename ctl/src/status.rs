@@ -1,19 +1,37 @@
-//! `pageferry status` and `pageferry cancel`: what the records of this host say, and how to end what
-//! is on its way.
+//! `pageferry status`: what the records of this host say, and who has them.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
+use crate::agent::admin;
 use crate::agent::record::{self, Record, Role, Unreadable};
-use crate::agent::recovery::LOOK;
-use crate::cli::{CancelArgs, StatusArgs};
+use crate::cli::StatusArgs;
 use crate::report::exit::Exit;
 
-/// How long a cancelled agent may take to put everything back.
-const CANCEL_WAIT: Duration = Duration::from_secs(30);
+/// Who has a session's record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeper {
+    /// Its agent: the session is on its way.
+    Agent,
+    /// Who brings it to its end: the guard of an agent that is gone, or a `pageferry recover`.
+    Another,
+    /// Nobody: it was left behind.
+    Nobody,
+}
+
+impl Keeper {
+    /// Of the record at `path`.
+    pub(crate) fn of(path: &Path, record: &Record) -> Self {
+        if !record::is_in_use(path) {
+            return Self::Nobody;
+        }
+        // A target's agent outlives its sessions; their sockets go with them.
+        match record.agent_lives() && record.socket.as_deref().is_none_or(admin::listens) {
+            true => Self::Agent,
+            false => Self::Another,
+        }
+    }
+}
 
 /// Lists sessions.
 pub fn run(args: &StatusArgs) -> Exit {
@@ -26,7 +44,7 @@ pub fn run(args: &StatusArgs) -> Exit {
         println!("no sessions: no records in {}", args.state_dir.display());
     }
     for (path, record) in &records {
-        let live = record::is_in_use(path);
+        let keeper = Keeper::of(path, record);
         match args.json {
             true => println!(
                 "{}",
@@ -34,14 +52,15 @@ pub fn run(args: &StatusArgs) -> Exit {
                     "session": record.session.to_string(),
                     "role": record.role,
                     "decision": record.decision,
-                    "live": live,
+                    "live": keeper != Keeper::Nobody,
+                    "on_its_way": keeper == Keeper::Agent,
                     "agent": record.agent,
                     "peer": record.peer,
                     "qmp": record.qmp,
                     "written_at": record.written_at,
                 })
             ),
-            false => println!("{}", line(record, live)),
+            false => println!("{}", line(record, keeper)),
         }
     }
     for found in &unreadable {
@@ -79,15 +98,16 @@ fn unread_line(found: &Unreadable) -> String {
     format!("{}  {}  {}  {state}", found.session, found.role.name(), found.path.display())
 }
 
-fn line(record: &Record, live: bool) -> String {
+fn line(record: &Record, keeper: Keeper) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let (role, preposition) = match record.role {
         Role::Source => (record.role.name(), "to"),
         Role::Target => (record.role.name(), "from"),
     };
-    let state = match live {
-        true => format!("on its way (agent {})", record.agent),
-        false => format!("left behind: {:?}; see `pageferry recover`", record.decision),
+    let state = match keeper {
+        Keeper::Agent => format!("on its way (agent {})", record.agent),
+        Keeper::Another => "its agent is gone; a guard or `pageferry recover` is at it".into(),
+        Keeper::Nobody => format!("left behind: {:?}; see `pageferry recover`", record.decision),
     };
     format!(
         "{}  {role}  {} {preposition} {}  {state}  {} s ago",
@@ -96,50 +116,4 @@ fn line(record: &Record, live: bool) -> String {
         record.peer,
         now.saturating_sub(record.written_at)
     )
-}
-
-/// Ends a session as Ctrl-C at its agent does, and waits until everything is put back.
-pub fn cancel(args: &CancelArgs) -> Exit {
-    let dir = &args.state_dir;
-    let of = |role| record::path_of(dir, args.session, role);
-    let Some(path) = [of(Role::Source), of(Role::Target)].into_iter().find(|path| path.exists())
-    else {
-        eprintln!("error: no record of {} in {}", args.session, dir.display());
-        eprintln!("hint: `pageferry status` lists the sessions of this host");
-        return Exit::Refused;
-    };
-    let agent = match record::read(&path) {
-        Ok(record) => record.agent,
-        Err(error) => {
-            eprintln!("error: {} can't be read: {error}", path.display());
-            eprintln!("hint: pageferry recover {} says what can be done", args.session);
-            return Exit::Refused;
-        }
-    };
-    if !record::is_in_use(&path) || agent == 0 {
-        eprintln!("error: {} is not on its way: its agent is gone", args.session);
-        eprintln!("hint: pageferry recover {} brings it to its end", args.session);
-        return Exit::Refused;
-    }
-    if let Err(error) = kill(Pid::from_raw(agent as i32), Signal::SIGINT) {
-        eprintln!("error: agent {agent} can't be told: {error}");
-        return Exit::Refused;
-    }
-    wait_until_ended(&path, args)
-}
-
-fn wait_until_ended(path: &Path, args: &CancelArgs) -> Exit {
-    let until = Instant::now() + CANCEL_WAIT;
-    while record::is_in_use(path) {
-        if Instant::now() >= until {
-            eprintln!("error: {} was told and has not ended", args.session);
-            eprintln!(
-                "hint: after the hand-over was decided a session can't be cancelled any more"
-            );
-            return Exit::HandoverUncertain;
-        }
-        std::thread::sleep(LOOK);
-    }
-    println!("{} has ended", args.session);
-    Exit::Done
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!   RUNTIME_DIR/SESSION.sock   {"verb":"status"}                          -> {"ok":{...}}
 //!                              {"verb":"set","max_bandwidth":"500Mbit"}   -> {"ok":{...}}
+//!   RUNTIME_DIR/SESSION.target.sock   {"verb":"cancel"}                   -> {"ok":null}
 //!                              anything else                              -> {"error":"..."}
 //! ```
 //!
@@ -36,6 +37,8 @@ pub enum Request {
     Status,
     /// Change a setting; what is not named stays.
     Set(Settings),
+    /// End the session, as Ctrl-C at an agent that has no other: a target may have several.
+    Cancel,
 }
 
 /// What can be changed while an agent runs.
@@ -169,6 +172,11 @@ impl Admin {
             .map_err(host("clone", &path))?;
         Ok(Self { path, stop, thread: Some(thread) })
     }
+
+    /// The socket.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
 }
 
 impl Drop for Admin {
@@ -183,12 +191,14 @@ impl Drop for Admin {
     }
 }
 
-/// Sessions whose agents listen in `dir`, in order.
+/// Sessions whose source agents listen in `dir`, in order.
 pub fn sessions(dir: &Path) -> Vec<String> {
     let names = fs::read_dir(dir).into_iter().flatten().flatten();
     let names = names.filter_map(|entry| entry.file_name().into_string().ok());
     let mut sessions: Vec<_> = names
         .filter_map(|name| name.strip_suffix(".sock").map(str::to_owned))
+        // A target's end of one has nothing that could be set.
+        .filter(|session| !session.contains('.'))
         // What a killed agent left behind answers nobody.
         .filter(|session| UnixStream::connect(socket(dir, session)).is_ok())
         .collect();
@@ -205,13 +215,25 @@ pub fn ask(dir: &Path, prefix: &str, request: &Request) -> Result<Value, AdminEr
         [] => return Err(AdminError::Unknown { prefix: prefix.into(), dir: dir.into() }),
         many => return Err(AdminError::Ambiguous { prefix: prefix.into(), count: many.len() }),
     };
-    let path = socket(dir, session);
-    let answer = exchange(&path, request).map_err(|source| AdminError::Host {
-        call: "talking",
-        path,
-        source,
+    tell(&socket(dir, session), request)
+}
+
+/// Asks the agent at a socket.
+pub fn tell(path: &Path, request: &Request) -> Result<Value, AdminError> {
+    let answer = exchange(path, request).map_err(|source| {
+        let path = path.to_owned();
+        AdminError::Host { call: "talking", path, source }
     })?;
     understood(&answer)
+}
+
+/// Whether somebody listens at a socket, or may: who may not connect can't know.
+pub fn listens(path: &Path) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    match UnixStream::connect(path) {
+        Ok(_) => true,
+        Err(error) => !matches!(error.kind(), ConnectionRefused | NotFound),
+    }
 }
 
 /// What an agent's line says.

@@ -98,6 +98,12 @@ pub struct Record {
     /// The agent's own pid.
     #[serde(default)]
     pub agent: u32,
+    /// When the agent was started, as with the monitor's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_started: Option<u64>,
+    /// Target: the socket by which its agent is told to end this session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// Target: where it listens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
@@ -133,6 +139,8 @@ impl Record {
             pid_started: started(pid),
             boot: Some(host::boot_id()),
             agent: std::process::id(),
+            agent_started: host::start_time(std::process::id()),
+            socket: None,
             listen: None,
             security: RecordedSecurity::default(),
             settings: None,
@@ -146,6 +154,11 @@ impl Record {
         let now = started(self.pid);
         let same_boot = self.boot.as_ref().is_none_or(|boot| *boot == host::boot_id());
         now.is_some() && same_boot && (self.pid_started.is_none() || self.pid_started == now)
+    }
+
+    /// Whether the agent's process is still there: this very one, not another that got its number.
+    pub fn agent_lives(&self) -> bool {
+        self.agent_started.is_some() && host::start_time(self.agent) == self.agent_started
     }
 
     /// What it says, as sides tell each other.

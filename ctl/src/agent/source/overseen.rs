@@ -142,6 +142,9 @@ fn answer(
     pacer: &Pacer,
     share: &Mutex<Option<Share>>,
 ) -> Answer {
+    if request == Request::Cancel {
+        return Answer::Error("this agent has one session: SIGINT ends it".into());
+    }
     if let Request::Set(Settings { max_bandwidth: Some(Limit(rate)) }) = request {
         match &mut *lock(share) {
             Some(share) => {

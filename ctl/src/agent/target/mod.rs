@@ -8,6 +8,7 @@
 mod intake;
 mod server;
 mod session;
+mod told;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -34,6 +35,8 @@ pub struct TargetOptions {
     pub qmp: Option<PathBuf>,
     /// Where records are kept.
     pub state_dir: PathBuf,
+    /// Where each session has a socket, to be told to end.
+    pub runtime_dir: PathBuf,
     /// Where it listens, for the record.
     pub listen: String,
     /// How sources are believed, for the record.

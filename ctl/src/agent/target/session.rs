@@ -20,6 +20,7 @@ use pageferry_datapath::source::Failure;
 use pageferry_datapath::target::{Command, Input, Outcome, Phase, Target, TargetConfig};
 
 use super::super::acceptor::ArrivingLane;
+use super::super::admin::Admin;
 use super::super::backlog::Room;
 use super::super::control::{Control, Event};
 use super::super::digest_job::DigestJob;
@@ -30,7 +31,7 @@ use super::super::monitor::{StateStream, TargetMonitor};
 use super::super::record::{Decision, Record, Records, Role};
 use super::super::tickets::Tickets;
 use super::intake::Intake;
-use super::{OpenMonitor, TargetOptions, TargetResult, lost};
+use super::{OpenMonitor, TargetOptions, TargetResult, lost, told};
 use crate::{host, privileges};
 
 /// How long the source may take to close the control connection after it was told the end.
@@ -60,6 +61,9 @@ pub(super) struct Session<'a> {
     populate: Option<Populate>,
     digest: Option<DigestJob>,
     state: Option<Arc<dyn StateStream>>,
+    /// By which it can be told to end, and what tells it.
+    admin: Option<Admin>,
+    to_cancel: Sender<()>,
     records: Option<Records>,
 }
 
@@ -104,6 +108,7 @@ impl<'a> Session<'a> {
             let _nobody_waits_after_the_end = to_heard.send(heard);
         };
         let control = Control::target(link, hello, options.reconnect, on_event);
+        let to_cancel = cancel.clone();
         let handle =
             Handle { control: control.clone(), lanes, cancel, loaded: Arc::clone(&loaded) };
         let session = Self {
@@ -124,6 +129,8 @@ impl<'a> Session<'a> {
             populate: None,
             digest: None,
             state: None,
+            admin: None,
+            to_cancel,
             records: None,
         };
         (session, handle, cancelled)
@@ -315,6 +322,8 @@ impl<'a> Session<'a> {
         let mut monitor = open_monitor(offer)?;
         self.memory = monitor.inspect(offer)?;
         self.intake.beside_guest(monitor.pid(), &monitor.vcpus());
+        let to_cancel = self.to_cancel.clone();
+        self.admin = told::listen(&self.options.runtime_dir, self.session, to_cancel);
         self.records = Some(self.begin_record(offer, &*monitor)?);
         self.monitor = Some(monitor);
         // What it took to look into QEMU is not needed to take its guest in.
@@ -335,6 +344,7 @@ impl<'a> Session<'a> {
         let mut record = Record::attempting(self.session, Role::Target, peer, qmp, monitor.pid());
         record.peer_identity = self.control.security().identity();
         record.settings = monitor.settings();
+        record.socket = self.admin.as_ref().map(|admin| admin.path().to_owned());
         record.listen = Some(self.options.listen.clone());
         record.security = self.options.security.clone();
         Records::begin(&self.options.state_dir, record).map_err(|error| {
