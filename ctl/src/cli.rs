@@ -340,8 +340,9 @@ waits for the word of this side, it waits for ever: nothing runs that should not
 --peer-is-dead there gets it going or you end it. A record that can't be read is removed too: one that
 was never written said nothing; for one that was spoiled, look first on which side the guest runs.
 
-Exit codes: 0 every session is settled; 1 a guest is gone; 2 bad usage; 3 a record is in use or can't
-be read; 4 only the other side knows, and it does not answer; 5 a guest did not go on.";
+Exit codes: 0 every session is settled, or in use and passed over; 1 a guest runs on both sides; 2 bad
+usage; 3 the record of SESSION is in use, or one can't be read; 4 only the other side knows, and it does
+not answer; 5 a guest did not go on; 6 a guest is gone.";
 
 /// Arguments of `recover`.
 #[derive(Debug, Args)]

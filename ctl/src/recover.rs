@@ -30,14 +30,23 @@ pub fn run(args: &RecoverArgs) -> Exit {
         Ok(unread) => unread,
         Err(error) => return status::not_seen(&args.state_dir, &error),
     };
-    unread.retain(|file| asked(file.session));
+    // One that its agent is just making is none of ours.
+    unread.retain(|file| asked(file.session) && !(file.live && args.session.is_none()));
     if found.is_empty() && unread.is_empty() {
         return nothing_found(args);
     }
     let unread = unread.into_iter().map(|file| unreadable(args, file));
     let mut worst = unread.max_by_key(|exit| exit.code()).unwrap_or(Exit::Done);
     for (path, record) in found {
+        if args.session.is_none() && record::is_in_use(&path) {
+            passed_over(args, &record);
+            continue;
+        }
         let exit = match recover(args, &path, &record) {
+            Ok(_) if args.forget => {
+                forgotten(args, &record);
+                Exit::Done
+            }
             Ok(end) => {
                 say(args, &record, end);
                 exit_of(end)
@@ -163,6 +172,41 @@ fn unreadable(args: &RecoverArgs, file: Unreadable) -> Exit {
     Exit::Done
 }
 
+/// One of all whose agent lives, or that somebody else is bringing to its end.
+fn passed_over(args: &RecoverArgs, record: &Record) {
+    let session = record.session;
+    match args.json {
+        true => println!(
+            "{}",
+            serde_json::json!({
+                "event": "passed-over",
+                "session": session.to_string(),
+                "role": record.role,
+            })
+        ),
+        false => println!("{session}: passed over: in use, see `pageferry status`"),
+    }
+}
+
+/// A record that said how it ended, and is removed by the operator's word: what is so now, on either
+/// side, was not looked at.
+fn forgotten(args: &RecoverArgs, record: &Record) {
+    match args.json {
+        true => println!(
+            "{}",
+            serde_json::json!({
+                "event": "forgotten",
+                "session": record.session.to_string(),
+                "role": record.role,
+                "decision": record.decision,
+            })
+        ),
+        false => {
+            println!("{}: its record is removed; it said {:?}", record.session, record.decision)
+        }
+    }
+}
+
 fn nothing_found(args: &RecoverArgs) -> Exit {
     match args.session {
         None => {
@@ -234,7 +278,8 @@ fn name(end: End) -> &'static str {
 fn exit_of(end: End) -> Exit {
     match end {
         End::RunsHere | End::TheOthers => Exit::Done,
-        End::Gone | End::RunsTwice => Exit::RunningAtSource,
+        End::Gone => Exit::GuestGone,
+        End::RunsTwice => Exit::RunningAtSource,
         End::Unknown => Exit::HandoverUncertain,
     }
 }

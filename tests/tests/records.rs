@@ -21,6 +21,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 const DONE: i32 = 0;
 const REFUSED: i32 = 3;
+const GUEST_GONE: i32 = 6;
 
 /// A busy machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -80,12 +81,17 @@ fn a_record_that_can_t_be_read_is_shown_and_goes_by_the_operator_s_word() -> Out
     Ok(())
 }
 
-/// A source's record of a session whose agent, QEMU and target are gone.
-fn left_behind(dir: &Path, session: SessionId) -> Result<Records, Box<dyn std::error::Error>> {
+/// A source's record of a session whose QEMU and target are gone.
+fn template(dir: &Path, session: SessionId) -> Record {
     let (peer, qmp) = ("127.0.0.1:1".to_owned(), dir.join("none.qmp"));
     let mut record = Record::attempting(session, Role::Source, peer, qmp, NO_PID);
     record.security.insecure = true;
-    Ok(Records::begin(dir, record)?)
+    record
+}
+
+/// Its file, as this process keeps it until it is dropped.
+fn left_behind(dir: &Path, session: SessionId) -> Result<Records, Box<dyn std::error::Error>> {
+    Ok(Records::begin(dir, template(dir, session))?)
 }
 
 #[test]
@@ -120,5 +126,61 @@ fn ctrl_c_ends_a_recover_that_waits() -> Outcome {
         assert_eq!(ended, Some(signal as i32));
         assert_eq!(record::read(&path)?.decision, Decision::HandedOver);
     }
+    Ok(())
+}
+
+#[test]
+fn what_is_in_use_is_passed_over_unless_it_is_asked_for() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    let session = SessionId(9);
+    let kept = left_behind(dir, session)?;
+    let (code, said, errors) = pageferry(dir, &["recover", "--json"])?;
+    assert_eq!((code, &said[0]["event"]), (DONE, &"passed-over".into()), "{errors}");
+    assert_eq!(pageferry(dir, &["recover", &session.to_string()])?.0, REFUSED);
+    drop(kept);
+    Ok(())
+}
+
+#[test]
+fn a_process_that_is_not_the_agent_is_not_signalled() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    let session = SessionId(0xa).to_string();
+    // As if a guard had the record, and another process the agent's number.
+    let mut record = template(dir, SessionId(0xa));
+    let mut other = Command::new("sleep").arg("600").spawn()?;
+    (record.agent, record.agent_started) = (other.id(), Some(1));
+    let kept = Records::begin(dir, record)?;
+    let (_, shown, _) = pageferry(dir, &["status", "--json"])?;
+    let cancelled = pageferry(dir, &["cancel", &session]);
+    let lives = other.try_wait()?.is_none();
+    other.kill()?;
+    other.wait()?;
+    assert_eq!((&shown[0]["live"], &shown[0]["on_its_way"]), (&true.into(), &false.into()));
+    let (code, _, errors) = cancelled?;
+    assert!(code == REFUSED && errors.contains("its agent is gone"), "{errors}");
+    assert!(lives, "somebody else was signalled");
+    drop(kept);
+    Ok(())
+}
+
+#[test]
+fn a_forgotten_record_claims_nothing_and_a_guest_that_is_gone_is_told_by_the_exit_code() -> Outcome
+{
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    let (aborted, gone) = (SessionId(0xab).to_string(), SessionId(0x60).to_string());
+    left_behind(dir, SessionId(0xab))?.write(Decision::Aborted)?;
+    let forget = ["recover", &aborted, "--forget", "--json"];
+    let (code, said, errors) = pageferry(dir, &forget)?;
+    assert_eq!((code, &said[0]["event"]), (DONE, &"forgotten".into()), "{errors}");
+    assert_eq!((&said[0]["decision"], &said[0]["end"]), (&"aborted".into(), &Value::Null));
+
+    let mut record = template(dir, SessionId(0x60));
+    record.role = Role::Target;
+    drop(Records::begin(dir, record)?);
+    let (code, said, errors) = pageferry(dir, &["recover", &gone, "--peer-is-dead", "--json"])?;
+    assert_eq!((code, &said[0]["end"]), (GUEST_GONE, &"gone".into()), "{errors}");
     Ok(())
 }

@@ -168,7 +168,7 @@ fn with_the_source_s_host_dead_the_loaded_guest_runs_by_the_operator_s_word() ->
     // Nobody will ever ask for the record.
     let forget = ["recover", &session, "--forget", "--json"];
     let forgot = done(command(&scene, false, "target-1", &forget)?)?;
-    assert_eq!((forgot.code, &forgot.events[0]["end"]), (0, &"runs-here".into()));
+    assert_eq!((forgot.code, &forgot.events[0]["decision"]), (0, &"running".into()));
     let left = done(command(&scene, false, "target-1", &["status", "--json"])?)?;
     assert!(left.events.is_empty(), "{:?}", left.events);
     scene.moved_to(waiting);
@@ -191,6 +191,8 @@ fn a_session_on_its_way_can_be_cancelled_from_outside() -> Outcome {
     let session = done(command(&scene, true, "source-1", &["status", "--json"])?)?;
     assert_eq!(session.events[0]["live"], true);
     let session = session.events[0]["session"].as_str().ok_or("a session")?.to_owned();
+    let all = done(command(&scene, true, "source-1", &["recover", "--json"])?)?;
+    assert_eq!((all.code, &all.events[0]["event"]), (0, &"passed-over".into()), "{}", all.stderr);
     let recover = done(command(&scene, true, "source-1", &["recover", &session])?)?;
     assert_eq!(recover.code, 3, "its agent lives: {}", recover.stderr);
     let cancel = done(command(&scene, true, "source-1", &["cancel", &session])?)?;

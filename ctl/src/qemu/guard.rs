@@ -151,12 +151,13 @@ fn take_over(charge: &Charge, attaching: Option<&Process>, paused: bool) -> Exit
         }
     };
     let session = records.record().session;
+    let dir = record.parent().unwrap_or(record).display();
+    let recover = format!("pageferry recover {session} --state-dir {dir}");
     if !matches!(records.record().decision, Decision::Attempting | Decision::Aborted) {
         eprintln!(
             "error: the source agent ended unexpectedly: its record says {:?}: the guest stays as \
-             it is here\nhint: pageferry recover {session} --state-dir {}",
+             it is here\nhint: {recover}",
             records.record().decision,
-            record.parent().unwrap_or(record).display()
         );
         return Exit::HandoverUncertain;
     }
@@ -165,7 +166,7 @@ fn take_over(charge: &Charge, attaching: Option<&Process>, paused: bool) -> Exit
     if let Err(error) = records.write(Decision::Aborted) {
         eprintln!(
             "error: the source agent ended unexpectedly: {}: the guest stays as it is here\n\
-             hint: {by_hand}, then `cont`",
+             hint: when {dir} can be written to: {recover}",
             failure::chain("", &error)
         );
         return Exit::HandoverUncertain;
@@ -197,13 +198,17 @@ fn take_over(charge: &Charge, attaching: Option<&Process>, paused: bool) -> Exit
                 }
                 // Should the target ask one day, or its operator.
                 _ => {
-                    eprintln!("hint: the target was not told; pageferry recover {session} does it");
+                    eprintln!("hint: the target was not told; {recover} does it");
                 }
             }
             Exit::RunningAtSource
         }
         Err(error) => {
-            eprintln!("error: the source agent ended unexpectedly: {error}\nhint: {by_hand}");
+            eprintln!(
+                "error: the source agent ended unexpectedly: {error}\n\
+                 hint: when nobody else is connected to {}: {recover}",
+                qmp.display()
+            );
             Exit::PausedAtSource
         }
     }
