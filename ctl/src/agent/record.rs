@@ -1,7 +1,7 @@
 //! What each side writes down about a session, so that a crash leaves no doubt.
 //!
-//! One small file per session and role: [`SLOTS`] places of [`SLOT_BYTES`], each JSON and then
-//! zeros, of which the newest valid one counts. The file has its size from the start, so that a
+//! One small file per session and role: [`SLOTS`] places of [`SLOT_BYTES`], each JSON, a line with its
+//! digest and then zeros, of which the newest whole one counts. The file has its size from the start, so that a
 //! decision inside the pause costs one write to blocks that are there already, and one
 //! `fdatasync`. The source's `handed-over` stands before the commit message leaves.
 
@@ -295,9 +295,7 @@ impl Records {
         record.sequence += 1;
         record.written_at =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let mut bytes = serde_json::to_vec(&record).expect("a record is plain data");
-        assert!(bytes.len() < SLOT_BYTES, "a record fits its place");
-        bytes.resize(SLOT_BYTES, 0);
+        let bytes = place_of(&record);
         let slot = record.sequence as usize % SLOTS;
         let failed = |step: &'static str| {
             let path = self.path.clone();
@@ -380,13 +378,32 @@ pub fn is_in_use(path: &Path) -> bool {
 /// Reads one record: the newest whole one of its places.
 pub fn read(path: &Path) -> std::io::Result<Record> {
     let bytes = fs::read(path)?;
-    let whole = bytes.chunks(SLOT_BYTES).filter_map(|slot| {
-        let end = slot.iter().position(|byte| *byte == 0).unwrap_or(slot.len());
-        serde_json::from_slice::<Record>(&slot[..end]).ok()
-    });
+    let whole = bytes.chunks(SLOT_BYTES).filter_map(record_in);
     whole
         .max_by_key(|record| record.sequence)
         .ok_or_else(|| std::io::Error::new(ErrorKind::InvalidData, "no place holds a whole record"))
+}
+
+/// What one place holds for `record`.
+fn place_of(record: &Record) -> Vec<u8> {
+    let json = serde_json::to_string(record).expect("a record is plain data");
+    let mut bytes = format!("{json}\n{}\n", digest(json.as_bytes())).into_bytes();
+    assert!(bytes.len() < SLOT_BYTES, "a record fits its place");
+    bytes.resize(SLOT_BYTES, 0);
+    bytes
+}
+
+/// The record that one place holds; none if a write to it was torn: half of one decision and half of
+/// another may well be JSON.
+fn record_in(place: &[u8]) -> Option<Record> {
+    let end = place.iter().position(|byte| *byte == 0)?;
+    let (json, said) = std::str::from_utf8(&place[..end]).ok()?.trim_end().split_once('\n')?;
+    serde_json::from_str(json).ok().filter(|_| digest(json.as_bytes()) == said)
+}
+
+fn digest(bytes: &[u8]) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -398,6 +415,25 @@ mod tests {
 
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).expect("it is there").permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn half_of_one_write_and_half_of_another_are_no_record() {
+        let begin = |qmp: &str| {
+            let (peer, qmp) = ("10.0.0.2:4444".into(), qmp.into());
+            Record::attempting(SessionId(7), Role::Source, peer, qmp, 1)
+        };
+        let (before, after) = (place_of(&begin("/run/a")), place_of(&begin("/run/b")));
+        assert_eq!(record_in(&before), Some(begin("/run/a")));
+        let end = before.iter().position(|byte| *byte == 0).expect("it is not full");
+        let torn = (0..=end).map(|at| [&after[..at], &before[at..]].concat());
+        let read: Vec<_> = torn.filter_map(|torn| record_in(&torn)).map(|it| it.qmp).collect();
+        // As long as the first differing byte is not written, and when the last is.
+        assert!(
+            read.iter()
+                .all(|qmp| [Path::new("/run/a"), Path::new("/run/b")].contains(&qmp.as_path()))
+        );
+        assert!(read.len() < end, "a torn write was read");
     }
 
     #[test]
