@@ -171,6 +171,9 @@ pub struct TargetArgs {
     /// Migrations at the same time, where the sources name the QMP sockets.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub sessions_max: usize,
+    /// Of them, how many may be of one source, by its certificate. Default: all.
+    #[arg(long, value_name = "N")]
+    pub sessions_per_peer: Option<usize>,
     /// Exit after one migration instead of waiting for the next.
     #[arg(long)]
     pub once: bool,
@@ -342,7 +345,7 @@ was never written said nothing; for one that was spoiled, look first on which si
 
 Exit codes: 0 every session is settled, or in use and passed over; 1 a guest runs on both sides; 2 bad
 usage; 3 the record of SESSION is in use, or one can't be read; 4 only the other side knows, and it does
-not answer; 5 a guest did not go on; 6 a guest is gone.";
+not answer, or a QEMU here lives and does not; 5 a guest did not go on; 6 a guest is gone.";
 
 /// Arguments of `recover`.
 #[derive(Debug, Args)]

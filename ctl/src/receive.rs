@@ -81,6 +81,7 @@ pub fn run_with(open: &OpenMonitor<'_>, args: &TargetArgs, cancel: &Receiver<()>
         reconnect: Duration::from_secs(args.reconnect_timeout),
         // A QEMU takes one guest in.
         sessions_max: if args.qmp.is_some() { 1 } else { args.sessions_max },
+        sessions_per_peer: args.sessions_per_peer.unwrap_or(usize::MAX),
         allowed: allowed(args),
         session_max: Duration::from_secs(args.session_max_s),
     };

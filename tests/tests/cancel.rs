@@ -97,8 +97,8 @@ fn one_session_of_a_target_is_cancelled_and_the_others_go_on() {
         let (to, there, run) = (to.clone(), there.clone(), run.clone());
         thread::spawn(move || {
             let words = ["target", "--insecure", "--json", "--listen", &to, "--state-dir", &there];
-            let Command::Target(args) = parse(&[&words[..], &["--runtime-dir", &run]].concat())
-            else {
+            let more = ["--runtime-dir", &run, "--sessions-per-peer", "2"];
+            let Command::Target(args) = parse(&[&words[..], &more].concat()) else {
                 unreachable!()
             };
             let open = |_: &_| {
@@ -117,8 +117,11 @@ fn one_session_of_a_target_is_cancelled_and_the_others_go_on() {
     let there = Path::new(&there);
     let first = migrate_slowly(to.clone(), path("first"), run.clone());
     let cancelled = sessions(there, 1)[0];
-    let second = migrate_slowly(to, path("second"), run.clone());
+    let second = migrate_slowly(to.clone(), path("second"), run.clone());
     let goes_on = sessions(there, 2).into_iter().find(|it| *it != cancelled).expect("another");
+    // A target takes so many of one source, and there is room for others.
+    let third = migrate_slowly(to, path("third"), run.clone());
+    assert_eq!(third.join().expect("no panic"), Exit::Refused);
     let run = Path::new(&run);
     moves(run, cancelled);
     moves(run, goes_on);

@@ -45,6 +45,8 @@ pub struct TargetOptions {
     pub reconnect: Duration,
     /// Migrations at the same time.
     pub sessions_max: usize,
+    /// Of one source, by its certificate; those without one count as one.
+    pub sessions_per_peer: usize,
     /// What it may be used for, and by whom.
     pub allowed: Allowed,
     /// The longest that one session may take until its guest is loaded.

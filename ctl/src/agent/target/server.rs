@@ -176,6 +176,13 @@ impl Server<'_, '_> {
             let hint = format!("pageferry recover {}", hello.session);
             return refuse(&link, "there is a record of this session already", Some(&hint));
         }
+        let same_peer =
+            |session: &&Handle| link.security().is_same_peer(&session.control.security());
+        if self.sessions.values().filter(same_peer).count() >= self.options.sessions_per_peer {
+            let hint = "wait for one of them to end, or raise --sessions-per-peer at the target";
+            let text = "the target takes in as many guests of one source as it may already";
+            return refuse(&link, text, Some(hint));
+        }
         if self.sessions.len() < self.options.sessions_max {
             return self.start(link, hello);
         }
