@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use pageferry_datapath::control::Message;
 use pageferry_datapath::digest::MemoryDigest;
+use pageferry_datapath::recover::Guest;
 use pageferry_datapath::source::{Command, Input, Phase};
 
 use crate::agent::Process;
@@ -215,7 +216,13 @@ impl World {
     }
 
     fn unwound_at_source(&mut self) {
-        if self.guest.running && self.target_knows() {
+        let given = self.disks[0].seen == Some(Decision::HandedOver);
+        let needless = match self.guest_of(Side::Source) {
+            Guest::Runs => true,
+            Guest::Whole => false,
+            Guest::Absent => !given,
+        };
+        if needless && self.target_knows() {
             self.forget_at_source();
         }
         self.ways[Side::Target as usize].down = true;

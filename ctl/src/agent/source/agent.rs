@@ -211,13 +211,17 @@ impl<'a> Agent<'a> {
             match ready.pop_front().unwrap_or_else(|| self.wait(machine, cancel)) {
                 // Time passing ends this phase, so it does not pass.
                 Input::Tick if phase == Phase::Spacing => {}
+                // From here on it counts what came before: what the target said, what QEMU saved.
+                input @ Input::Failed(_) if phase >= Phase::Saving => {
+                    self.hold.keep(input);
+                    self.hold.end();
+                }
                 input @ (Input::Tick | Input::Cancelled | Input::Failed(_)) => return input,
                 input @ (Input::PeerLost(_) | Input::Message(Message::Abort(_)))
                     if phase < Phase::Deciding =>
                 {
                     return input;
                 }
-                // From the decision on it counts what the target said before it was lost.
                 input @ Input::PeerLost(_) => {
                     self.hold.keep(input);
                     self.hold.end();
@@ -457,14 +461,17 @@ impl<'a> Agent<'a> {
         let guest = self.unwind_guest();
         let running = guest == Guest::Runs;
         self.tracking.disarm();
-        // A target that has loaded the guest and did not act on this end waits for somebody's word: the
-        // record stays for `pageferry recover`. Before the device state left it has not.
+        // A guest that stands still here needs its record. One that runs, or is gone, does not, unless a
+        // target that has loaded it did not act on this end and waits for somebody's word: before the
+        // device state left it has not.
         let told = |word| matches!(word, Some(Word::Aborted | Word::None));
         let needed = match &self.records {
-            Some(records) if running && records.record().decision == Decision::Aborted => {
+            _ if guest == Guest::Whole => true,
+            Some(records) if records.record().decision == Decision::Aborted => {
                 !told(self.control.settled(Duration::ZERO))
             }
-            _ => !running,
+            Some(records) if records.record().decision == Decision::HandedOver => !running,
+            _ => false,
         };
         if !needed {
             self.forget();
