@@ -132,9 +132,11 @@ single_quoted() {
 
 # The loop of a run: ends with VERDICT set.
 watch_guests() {
-  local line role word rest grace=
+  local line role word rest grace='' begun=''
   while [ -z "$VERDICT" ]; do
+    # A time-out may come in the midst of a line: what was read of it is kept.
     if read -r -t 0.2 -u "$EVENTS" line; then
+      line=$begun$line begun=
       read -r role word rest <<<"$line"
       case $word in
         up | ready)
@@ -143,6 +145,11 @@ watch_guests() {
           ;;
         sync) synced "$role" "${rest% *}" "${rest#* }" ;;
         rc)
+          if [ -z "${QEMU[$role]:-}" ] || ! [[ $rest =~ ^[0-9]+$ ]]; then
+            complain "a guest said what makes no sense: $line"
+            VERDICT=$EXIT_HARNESS
+            break
+          fi
           say "$role: exit code $rest after $(elapsed) s"
           RESULT[$role]=$rest
           ;;
@@ -152,6 +159,7 @@ watch_guests() {
           ;;
       esac
     else
+      begun+=$line
       look_after_processes
     fi
     if over "$TIMEOUT" "$STARTED"; then
