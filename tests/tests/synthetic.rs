@@ -352,6 +352,15 @@ fn over(summary: &Value, netdev: &str) -> u64 {
 /// Two emulated machines that others keep busy may move less than a guest writes.
 const HOWEVER_SLOW: [&str; 4] = ["--downtime-ms", "2000", "--not-converging", "switch-over"];
 
+/// Each wire has carried more than `least` bytes.
+fn assert_on_both_wires(summary: &Value, least: u64) {
+    println!("{}", summary["rails"]);
+    for netdev in ["PF_NETDEV_0", "PF_NETDEV_1"] {
+        let netdev = std::env::var(netdev).expect("set with the wires");
+        assert!(over(summary, &netdev) > least, "{netdev}: {summary:#}");
+    }
+}
+
 /// Two emulated machines on busy cores: retries run out now and then without a cause, so all that is
 /// sure is that RDMA is not given up, and that each device has moved something.
 #[test]
@@ -363,12 +372,7 @@ fn rails_on_two_devices_both_carry_a_guest() {
         return assert_goes_on(&moved.arrived.expect("it arrived"));
     }
     moved.assert_migrated("rdma");
-    let summary = moved.summary();
-    println!("{}", summary["rails"]);
-    for netdev in ["PF_NETDEV_0", "PF_NETDEV_1"] {
-        let netdev = std::env::var(netdev).expect("set with the wires");
-        assert!(over(summary, &netdev) > 1 << 20, "{netdev}: {summary:#}");
-    }
+    assert_on_both_wires(moved.summary(), 1 << 20);
 }
 
 #[test]
@@ -380,12 +384,7 @@ fn rails_on_two_devices_lose_one_in_the_middle_of_a_round_and_carry_on_over_the_
         return assert_goes_on(&moved.arrived.expect("it arrived"));
     }
     moved.assert_migrated("rdma");
-    let summary = moved.summary();
-    println!("{}", summary["rails"]);
-    for netdev in ["PF_NETDEV_0", "PF_NETDEV_1"] {
-        let netdev = std::env::var(netdev).expect("set with the wires");
-        assert!(over(summary, &netdev) > 0, "{netdev}: {summary:#}");
-    }
+    assert_on_both_wires(moved.summary(), 0);
 }
 
 /// A NIC that has no RDMA device as long as this is there, and has one again afterwards.
@@ -449,8 +448,9 @@ fn rails_on_one_device_and_one_plain_nic_both_carry_a_guest() {
 }
 
 #[test]
-fn rails_on_one_device_and_one_plain_nic_lose_the_device_and_carry_on_over_tcp() {
-    let name = "rails_on_one_device_and_one_plain_nic_lose_the_device_and_carry_on_over_tcp";
+fn rails_on_one_device_and_one_plain_nic_lose_the_wire_of_the_device_and_carry_on_over_tcp() {
+    let name =
+        "rails_on_one_device_and_one_plain_nic_lose_the_wire_of_the_device_and_carry_on_over_tcp";
     let Some(scene) = Scene::rails(name, 4824) else { return };
     let _plain = WithoutDevice::of(0);
     let moved = scene.lose_a_wire(&[]);
