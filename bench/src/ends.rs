@@ -5,6 +5,8 @@
 //!   another one:  `serve` at the target's end, on its core; or one that was started elsewhere (--to)
 //! ```
 
+use std::fs::File;
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
@@ -26,6 +28,8 @@ pub(crate) struct Ends {
     pub(crate) cores: (Option<usize>, Option<usize>),
     rdma: Result<RdmaEnds, &'static str>,
     to: Option<SocketAddr>,
+    /// Whoever holds it open keeps cores from sleeping too deep.
+    _awake: Option<File>,
     _workplace: Option<Arc<Workplace>>,
 }
 
@@ -49,6 +53,7 @@ impl Ends {
             cores: args.cores.two(),
             rdma: args.rdma.resolve(),
             to: args.to,
+            _awake: args.cpu_dma_latency.map(hold_awake).transpose()?,
             _workplace: workplace,
         })
     }
@@ -113,4 +118,12 @@ impl Ends {
         };
         self.net.at(End::Source, || std::thread::scope(|scope| joined(scope.spawn(task))))?
     }
+}
+
+/// The kernel's power management: microseconds, as a native integer, for as long as it is open.
+fn hold_awake(us: i32) -> Result<File, BenchError> {
+    const AT: &str = "/dev/cpu_dma_latency";
+    let mut file = File::options().write(true).open(AT).map_err(BenchError::io("open", AT))?;
+    file.write_all(&us.to_ne_bytes()).map_err(BenchError::io("write to", AT))?;
+    Ok(file)
 }

@@ -17,13 +17,19 @@ const PARTS: &[Part] = &[
     Part {
         title: "TCP latency beside sockperf and qperf",
         machine: None,
-        arguments: "latency --over tcp,tcp-poll,tcp-uring --vs sockperf,qperf --sizes 8,64,4096,65536,1048576 --operations 10000",
+        arguments: "latency --over tcp,tcp-poll,tcp-uring --vs sockperf,qperf --sizes 8,64,4096,65536,1048576 --operations 10000 --cpu-dma-latency 0",
+        quick: SHORT,
+    },
+    Part {
+        title: "TCP latency where idle cores halt",
+        machine: None,
+        arguments: "latency --over tcp,tcp-uring --sizes 64,4096 --operations 10000",
         quick: SHORT,
     },
     Part {
         title: "TCP throughput beside iperf3, qperf and sockperf",
         machine: None,
-        arguments: "throughput --over tcp,tcp-uring,tcp-zero-copy,tcp-lanes --vs iperf3,qperf,sockperf --sizes 4096,65536,1048576 --lanes 1,2 --seconds 1 --warm-up-seconds 1",
+        arguments: "throughput --over tcp,tcp-receive-64k,tcp-uring,tcp-zero-copy,tcp-lanes --vs iperf3,qperf,sockperf --sizes 4096,65536,1048576 --lanes 1,2 --seconds 1 --warm-up-seconds 1",
         quick: "--sizes 65536 --lanes 1 --seconds 1 --warm-up-seconds 0",
     },
     Part {

@@ -22,6 +22,9 @@ use crate::{sockperf, svg, tools, turns};
 /// Lanes carry whole pages, and no more than this in one extent.
 const EXTENT_BYTES_MAX: u32 = 1 << 20;
 
+/// What sockperf's server receives at a time, rounded.
+const RECEIVE_BYTES: u32 = 64 << 10;
+
 /// What is the same for all of a group.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
@@ -63,11 +66,18 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<(), BenchError> {
     turns::take(args.turns.count, &mut settings, |who| measure(args, &ends, *who))?;
     results.series = turns::series(settings);
     let is_ours = |series: &Series| series.parameters["tool"].is_null();
-    results.ratios = tools::ratios(&results.series, is_ours, |ours, _| {
-        // Tools send by plain calls, and post one by one.
-        matches!(ours.parameters["stream"].as_str(), Some("tcp" | "rdma-write"))
-    });
+    results.ratios = tools::ratios(&results.series, is_ours, are_alike);
     results.finish(&args.output)
+}
+
+/// Tools send by plain calls, and post one by one; of a small message sockperf receives many at once.
+fn are_alike(ours: &Series, theirs: &Series) -> bool {
+    let of = |series: &Series, name: &str| series.parameters[name].as_str().map(str::to_owned);
+    match (of(ours, "stream").as_deref(), of(theirs, "tool").as_deref()) {
+        (Some("tcp"), tool) => tool != Some("sockperf"),
+        (Some("tcp-receive-64k"), tool) => tool == Some("sockperf"),
+        (stream, _) => stream == Some("rdma-write"),
+    }
 }
 
 fn setting(
@@ -83,6 +93,9 @@ fn setting(
         if stream.is_of_lanes()
             && (!shape.bytes.is_multiple_of(4096) || shape.bytes > EXTENT_BYTES_MAX)
         {
+            continue;
+        }
+        if stream == Stream::TcpReceive64k && shape.bytes >= RECEIVE_BYTES {
             continue;
         }
         // Plain calls have nothing in flight but the socket's buffer, lanes their own depth.
@@ -151,12 +164,21 @@ fn ours(
 ) -> Result<Taken, BenchError> {
     let Shape { bytes, lanes } = shape;
     let span = span(args);
-    let connections = |calls, zero_copy| {
+    let receiving = |receive_bytes, calls, zero_copy| {
         let interval_ms = args.turns.interval_ms;
         let connections = lanes;
-        let way = stream_wire::Way { bytes, connections, calls, depth, zero_copy, interval_ms };
+        let way = stream_wire::Way {
+            bytes,
+            receive_bytes,
+            connections,
+            calls,
+            depth,
+            zero_copy,
+            interval_ms,
+        };
         ends.tcp(|peer| stream_wire::stream(peer, &way, span))
     };
+    let connections = |calls, zero_copy| receiving(bytes, calls, zero_copy);
     let lanes_over = |over| {
         let way = lanes_wire::Way {
             over,
@@ -177,6 +199,7 @@ fn ours(
     };
     match stream {
         Stream::Tcp => connections(Calls::Sleep, false),
+        Stream::TcpReceive64k => receiving(RECEIVE_BYTES, Calls::Sleep, false),
         Stream::TcpUring => connections(Calls::Uring, false),
         Stream::TcpZeroCopy => connections(Calls::Uring, true),
         Stream::TcpLanes => lanes_over(Over::Tcp { uring: true, zero_copy: false }),
@@ -286,6 +309,7 @@ impl Stream {
     fn name(self) -> &'static str {
         match self {
             Self::Tcp => "send",
+            Self::TcpReceive64k => "send, received 64 KiB at a time",
             Self::TcpUring => "io_uring",
             Self::TcpZeroCopy => "io_uring, zero-copy",
             Self::TcpLanes => "lanes",

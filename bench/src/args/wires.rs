@@ -26,6 +26,10 @@ pub(crate) struct WireArgs {
     /// Cores of the two ends, the tools' too; lanes choose theirs as in a migration.
     #[arg(long, value_enum, default_value_t = Placement::TwoCores)]
     pub(crate) cores: Placement,
+    /// Holds the machine's cores to waking up within so many microseconds (/dev/cpu_dma_latency, needs
+    /// root); at 0 an idle core polls instead of halting. Default: as the machine is set.
+    #[arg(long, value_name = "US")]
+    pub(crate) cpu_dma_latency: Option<i32>,
 }
 
 /// The two ends of RDMA connections.
@@ -186,6 +190,10 @@ pub(crate) struct ThroughputArgs {
 pub(crate) enum Stream {
     /// TCP by send and recv.
     Tcp,
+    /// The same, received 64 KiB at a time, as sockperf's server does.
+    #[value(name = "tcp-receive-64k")]
+    #[serde(rename = "tcp-receive-64k")]
+    TcpReceive64k,
     /// TCP, sent by an io_uring with several messages in flight.
     TcpUring,
     /// The same from memory without copying, where the kernel can.
