@@ -114,6 +114,10 @@ impl Messages {
     }
 
     fn next(&mut self) -> &mut [u8] {
+        // Two divisions would be a hundredth of a small message's time.
+        if self.memory.len() == self.each {
+            return &mut self.memory;
+        }
         let places = (self.memory.len() / self.each.max(1)) as u64;
         let at = self.order.place(self.next % places.max(1)) as usize * self.each;
         self.next += 1;
