@@ -64,10 +64,14 @@ start_guest() { # ROLE
   devices+=("${extra[@]}")
   if [ "$TOPOLOGY" = two-guests ]; then
     # The client's QEMU connects when it starts, so the server's sockets must be there.
-    while [ "$role" = client ] && ! [ -S "$RUN/peer$((WIRES - 1))" ] && kill -0 "${QEMU[server]}" 2>/dev/null; do
+    while [ "$role" = client ] && [ "$QUEUES" = 0 ] && ! [ -S "$RUN/peer$((WIRES - 1))" ] && kill -0 "${QEMU[server]}" 2>/dev/null; do
       sleep 0.05
     done
-    mapfile -t extra < <(peer_cards "$role")
+    if [ "$QUEUES" = 0 ]; then
+      mapfile -t extra < <(peer_cards "$role")
+    else
+      mapfile -t extra < <(queues_card "$role")
+    fi
     devices+=("${extra[@]}")
   fi
   start_qemu "$role" "$ACCEL" "${devices[@]}"
@@ -109,7 +113,7 @@ write_settings() { # ROLE
   } >"$share/settings"
   {
     # The command of a single guest plays both parts.
-    echo "ROLE=${1/guest/both} DRIVER=$DRIVER TOPOLOGY=$TOPOLOGY WIRES=$WIRES MTU=$MTU NESTED_KVM=$NESTED_KVM GUESTS=${#ROLES[@]}"
+    echo "ROLE=${1/guest/both} DRIVER=$DRIVER TOPOLOGY=$TOPOLOGY WIRES=$WIRES MTU=$MTU NESTED_KVM=$NESTED_KVM QUEUES=$QUEUES GUESTS=${#ROLES[@]}"
   } >"$share/session.settings"
   {
     for name in PATH HOME USER LANG LC_ALL TERM "${ENVIRONMENT[@]}"; do
@@ -142,6 +146,7 @@ watch_guests() {
         up | ready)
           STAGE[$role]=$word
           say "$role: $word after $(elapsed) s (guest's clock: $rest s)"
+          [ "$QUEUES" = 0 ] || connect_wire
           ;;
         sync) synced "$role" "${rest% *}" "${rest#* }" ;;
         rc)

@@ -1,12 +1,17 @@
 # RDMA without a NIC: the VM harness and what is tested in it. Included by the top-level Makefile.
 
-.PHONY: test-rdma test-kvm rdma-packages
+.PHONY: test-rdma test-kvm test-queues rdma-packages
 
 # REQUIRE_RDMA=1 makes everything that would be skipped a failure; ARGS picks tests by name.
 test-rdma: setup rdma-packages
 	tests/rdma-vm/selftest $(ARGS)
 	tests/rdma-vm/lanes $(ARGS)
 	$(if $(filter-out kvm_%,$(ARGS)),,tests/rdma-vm/kvm $(or $(ARGS),kvm_))
+	$(if $(ARGS),,tests/rdma-vm/queues)
+
+# Lanes on the receive queues of emulated cards with RSS: a minute or two, a part of `test-rdma`.
+test-queues: setup rdma-packages
+	tests/rdma-vm/queues $(ARGS)
 
 # Guests under KVM, emulated where it has to be, direct I/O included.
 test-kvm: setup rdma-packages

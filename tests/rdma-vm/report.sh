@@ -28,6 +28,8 @@ and libraries, the same working folder; what it writes is lost, except in folder
   --kernel SERIES              6.1, 6.12, …: Debian's, from the release or its backports
                                                                        [the release's own]
   --mem MIB --smp N            of each guest                  [1024; 2, or 1 with two guests]
+  --queues N                   of the wire between two guests: cards with RSS, over taps in a
+                               network namespace of the run's own
   --hugepages N                2 MiB pages reserved in the guest; adds to the default --mem  [0]
   --wires N                    between two guests, each with a device and a network of its own [1]
   --mtu N                      of the network under the device                        [9000]
@@ -48,6 +50,7 @@ and libraries, the same working folder; what it writes is lost, except in folder
 COMMAND finds in its environment
   PF_DRIVER PF_TOPOLOGY   as chosen
   PF_ROLE                 server or client with two guests, else both
+  PF_QUEUES               as chosen, if it was
   PF_RDMA_DEV PF_LOCAL_ADDR PF_NETDEV            its device, its address, the network device
   PF_PEER_DEV PF_PEER_ADDR PF_PEER_NETDEV        the other side's (the same ones in one-guest)
   PF_WIRES, PF_RDMA_DEV_1 PF_LOCAL_ADDR_1 …      of each wire, with two guests

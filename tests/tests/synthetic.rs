@@ -5,6 +5,9 @@
 //! arrives in the server.
 #![forbid(unsafe_code)]
 
+#[path = "synthetic/queues.rs"]
+mod queues;
+
 use std::net::TcpStream;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};

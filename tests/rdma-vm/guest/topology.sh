@@ -38,6 +38,7 @@ topology_up() {
     veth) veth_up ;;
     two-guests) peer_up ;;
   esac
+  [ "$QUEUES" = 0 ] || queues_up
   export PF_DRIVER=$DRIVER PF_TOPOLOGY=$TOPOLOGY PF_ROLE=$ROLE
 }
 
@@ -116,6 +117,16 @@ peer_up() {
   local wire
   for ((wire = WIRES - 1; wire >= 0; wire--)); do wire_up "$wire"; done
   export PF_WIRES=$WIRES
+}
+
+# The card's queues and RSS.
+queues_up() {
+  local said
+  export PF_QUEUES=$QUEUES
+  # A queue that has no room for a packet stands still for good: see wire.sh.
+  echo 4096 131072 262144 >/proc/sys/net/ipv4/tcp_rmem
+  # Linux 6.12 shows a table by which the card does not go until one is set.
+  said=$(ethtool -X "$PF_NETDEV" equal "$QUEUES" 2>&1) || fail "ethtool -X: ${said//$'\n'/ }"
 }
 
 # wire_up INDEX : its variables end in _INDEX; those of the first one are the session's own too.
