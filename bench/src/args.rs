@@ -43,6 +43,10 @@ pub(crate) enum Command {
     LinkTable(crate::link_table::LinkTableArgs),
     /// One guest over TCP, compressed, over two rails and, in the virtual machine, over RDMA.
     Ways(crate::ways::WaysArgs),
+    /// What every core does while one lane and several move memory over TCP, each on a receive queue
+    /// of its own or wherever the NIC puts it. `rdma-vm --topology two-guests --queues 2` gives NICs
+    /// with several queues.
+    Cores(crate::cores::CoresArgs),
     /// Our RDMA WRITEs beside perftest's ib_write_bw and ib_write_lat, in turns. Runs where there
     /// is an RDMA device; `rdma-vm` gives one.
     RdmaVsPerftest(RdmaVsPerftestArgs),

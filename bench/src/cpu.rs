@@ -11,6 +11,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 
 use crate::error::BenchError;
 
@@ -96,6 +97,64 @@ fn busy_cores(readings: &[(f64, f64)]) -> Option<f64> {
     (until > from).then(|| (after - before) / (until - from))
 }
 
+/// What one core has done since the machine started, in ticks.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct CoreTicks {
+    cpu: u16,
+    /// In interrupts, soft ones too: what the network does on nobody's account.
+    softirq: u64,
+    /// Whatever else it was not idle for.
+    others: u64,
+    idle: u64,
+}
+
+/// What one core did in a span of time.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct CoreShare {
+    pub(crate) cpu: u16,
+    pub(crate) softirq_percent: f64,
+    pub(crate) others_percent: f64,
+    pub(crate) busy_percent: f64,
+}
+
+impl CoreTicks {
+    /// All cores, now.
+    pub(crate) fn now() -> Result<Vec<Self>, BenchError> {
+        let path = "/proc/stat";
+        let text = std::fs::read_to_string(path).map_err(BenchError::io("read", path))?;
+        Ok(text.lines().filter_map(Self::parse).collect())
+    }
+
+    fn parse(line: &str) -> Option<Self> {
+        let (name, numbers) = line.split_once(' ')?;
+        let cpu = name.strip_prefix("cpu")?.parse().ok()?;
+        let ticks: Vec<u64> =
+            numbers.split_ascii_whitespace().map_while(|word| word.parse().ok()).collect();
+        // proc_stat(5): user nice system idle iowait irq softirq steal.
+        let [user, nice, system, idle, iowait, irq, softirq, ..] = ticks[..] else { return None };
+        let others = user + nice + system;
+        Some(Self { cpu, softirq: irq + softirq, others, idle: idle + iowait })
+    }
+
+    /// What each did between two readings.
+    pub(crate) fn since(after: &[Self], before: &[Self]) -> Vec<CoreShare> {
+        let share = |now: &Self| {
+            let then = before.iter().find(|core| core.cpu == now.cpu)?;
+            let of = |read: fn(&Self) -> u64| read(now).saturating_sub(read(then)) as f64;
+            let (softirq, others, idle) =
+                (of(|core| core.softirq), of(|core| core.others), of(|core| core.idle));
+            let percent = |ticks: f64| ticks / (softirq + others + idle).max(1.0) * 100.0;
+            Some(CoreShare {
+                cpu: now.cpu,
+                softirq_percent: percent(softirq),
+                others_percent: percent(others),
+                busy_percent: percent(softirq + others),
+            })
+        };
+        after.iter().filter_map(share).collect()
+    }
+}
+
 /// Keeps the calling thread, and what it starts, on one core.
 pub(crate) fn pin_to(core: usize) -> Result<(), BenchError> {
     let mut set = CpuSet::new();
@@ -112,7 +171,20 @@ pub(crate) fn load_average() -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::busy_cores;
+    use super::{CoreTicks, busy_cores};
+
+    #[test]
+    fn interrupts_and_others_are_told_apart() {
+        let read =
+            |text: &str| -> Vec<CoreTicks> { text.lines().filter_map(CoreTicks::parse).collect() };
+        let before = read("cpu  9 9 9 9 9 9 9 9\ncpu1 10 0 10 80 0 0 0 0 0 0\nintr 5\n");
+        let after = read("cpu  9 9 9 9 9 9 9 9\ncpu1 20 10 20 140 0 5 5 0 0 0\nintr 5\n");
+        let shares = CoreTicks::since(&after, &before);
+        assert_eq!(shares.len(), 1);
+        let share = shares[0];
+        assert_eq!((share.cpu, share.softirq_percent), (1, 10.0));
+        assert_eq!((share.others_percent, share.busy_percent), (30.0, 40.0));
+    }
 
     #[test]
     fn start_and_end_are_left_out() {

@@ -34,10 +34,10 @@ use crate::stream_wire::Span;
 use crate::turns::Taken;
 
 /// Connecting and moving, under emulation.
-const WAIT_MAX: Duration = Duration::from_secs(60);
+pub(crate) const WAIT_MAX: Duration = Duration::from_secs(60);
 /// Both ends are ours: there is nothing to keep out.
-const TICKET: Ticket = Ticket([0x42; 32]);
-const SESSION: SessionId = SessionId(0x7067);
+pub(crate) const TICKET: Ticket = Ticket([0x42; 32]);
+pub(crate) const SESSION: SessionId = SessionId(0x7067);
 
 /// What carries them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +69,7 @@ pub(crate) struct Way {
 }
 
 impl Way {
-    fn memory(&self) -> Result<GuestMemory, BenchError> {
+    pub(crate) fn memory(&self) -> Result<GuestMemory, BenchError> {
         let huge = self.huge.then_some(2 << 20);
         let bytes = self.memory_bytes.next_multiple_of(huge.unwrap_or(4096));
         let region = Region::open(RegionIndex(0), Backing::memfd("lanes", bytes, huge)?)?;
@@ -82,7 +82,7 @@ impl Way {
     }
 
     /// Extents of `bytes` in all, over the memory again and again.
-    fn extents(&self, bytes: u64) -> Vec<Extent> {
+    pub(crate) fn extents(&self, bytes: u64) -> Vec<Extent> {
         let places = (self.memory_bytes / self.extent_bytes).max(1);
         let order = Order::new(self.scattered.then_some(places));
         let extent = |index: u64| Extent {
@@ -97,7 +97,7 @@ impl Way {
         if self.same_host { SocketTuning::same_host() } else { SocketTuning::default() }
     }
 
-    fn cpu(&self, lane: u16) -> Option<usize> {
+    pub(crate) fn cpu(&self, lane: u16) -> Option<usize> {
         let cores = pageferry_ctl::host::cpus_allowed();
         cores.get(usize::from(lane) % cores.len().max(1)).copied()
     }

@@ -1,9 +1,9 @@
 //! Benchmarks of Pageferry beside the tools people trust.
 //!
 //! ```text
-//! wires    latency, throughput, pages, rdma_vs_perftest
+//! wires    latency, throughput, pages, cores, rdma_vs_perftest
 //!            └─ ends      this process and `serve`, another one (tcp_wire, stream_wire, rdma_wire,
-//!                         lanes_wire); tools beside them (iperf, qperf, sockperf, perftest)
+//!                         lanes_wire, cores_wire); tools beside them (iperf, qperf, sockperf, perftest)
 //! memory   scan, register
 //! guests   migrate, migrate_vs_qemu, slowdown, rails, sparse, rdma_vs_qemu
 //!          link_table, ways, drain_table: over shaped links
@@ -21,6 +21,8 @@ mod ceiling;
 mod compare;
 mod confidence;
 mod contender;
+mod cores;
+mod cores_wire;
 mod cpu;
 mod distribution;
 mod drain_table;
@@ -107,6 +109,7 @@ fn main() -> ExitCode {
         args::Command::DrainTable(args) => drain_table::run(args),
         args::Command::LinkTable(args) => link_table::run(args),
         args::Command::Ways(args) => ways::run(args),
+        args::Command::Cores(args) => cores::run(args),
         args::Command::RdmaVsPerftest(args) => rdma_vs_perftest::run(args),
         args::Command::RdmaVsQemu(args) => rdma_vs_qemu::run(args),
         args::Command::Compare(args) => compare::run(args),

@@ -44,6 +44,7 @@ mod tests {
             "latency",
             "throughput",
             "pages",
+            "cores",
             "scan",
             "register",
             "report",

@@ -15,17 +15,20 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::args::ServeArgs;
 use crate::error::BenchError;
-use crate::{cpu, lanes_wire, rdma_wire, stream_wire, tcp_wire};
+use crate::{cores_wire, cpu, lanes_wire, rdma_wire, stream_wire, tcp_wire};
 
 /// An answer that takes longer does not come: memory is made and registered before it.
 const ANSWER_MAX: Duration = Duration::from_secs(120);
+
+/// Between two looks for one that is on its way.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// What is wanted of the other end.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,6 +44,10 @@ pub(crate) enum Request {
     RdmaSink(rdma_wire::Way),
     /// A migration's lanes.
     Lanes(lanes_wire::Way),
+    /// How the NIC that we are asked at spreads flows over its queues.
+    Queues,
+    /// A migration's lanes over TCP, with what each core did.
+    LanesOnCores(cores_wire::Way),
 }
 
 /// One answer.
@@ -99,6 +106,8 @@ fn answer_all(stream: TcpStream, at: IpAddr) -> Result<(), BenchError> {
             Request::RdmaSink(way) => rdma_wire::serve_sink(at, &way, &mut ready),
             Request::TcpSink(way) => stream_wire::serve(at, &way, &mut ready),
             Request::Lanes(way) => lanes_wire::serve(at, &way, &mut ready),
+            Request::Queues => cores_wire::tell(at, &mut ready),
+            Request::LanesOnCores(way) => cores_wire::serve(at, &way, &mut ready),
         });
         match done {
             Ok(value) => say(&Answer::Done(value))?,
@@ -150,6 +159,16 @@ impl Peer {
         writer.set_read_timeout(Some(ANSWER_MAX)).map_err(io())?;
         let reader = BufReader::new(writer.try_clone().map_err(io())?);
         Ok(Self { child: None, address, reader, writer })
+    }
+
+    /// The same with one that may be on its way.
+    pub(crate) fn connect_by(address: SocketAddr, until: Instant) -> Result<Self, BenchError> {
+        loop {
+            match Self::connect(address) {
+                Err(_) if Instant::now() < until => std::thread::sleep(ASK_AGAIN),
+                other => return other,
+            }
+        }
     }
 
     /// Has it make something; where that listens.
