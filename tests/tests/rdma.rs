@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry_ctl::lab::{GuestAssets, LabError, Qemu, QemuSpec, Workplace, skip};
-use pageferry_tests::agents::{Agent, Ended};
+use pageferry_tests::agents::{Agent, Ended, Manner};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -16,6 +16,12 @@ const BOOT_MAX: Duration = Duration::from_secs(300);
 const MIGRATION_MAX: Duration = Duration::from_secs(240);
 const SOON: Duration = Duration::from_secs(120);
 const PORT: u16 = 4777;
+/// An agent that may lock so little memory, and has no right to lock more. As services are started
+/// that nobody has given a `LimitMEMLOCK`.
+const LOCKS: &str = "--memlock=1048576:1048576";
+const LOCKS_LITTLE: [&str; 5] =
+    ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", LOCKS];
+const GUEST_MIB: u64 = 192;
 
 /// A guest and its two agents on this machine.
 struct Scene {
@@ -39,7 +45,7 @@ impl Scene {
         if std::path::Path::new("/dev/kvm").exists() && !variable("PF_DRIVER").is_empty() {
             (spec.accel, spec.cpu) = ("kvm".into(), "host".into());
         }
-        (spec.smp, spec.memory_mib) = (1, 192);
+        (spec.smp, spec.memory_mib) = (1, GUEST_MIB);
         (spec.params.fill_mib, spec.params.hot_mib) = (16, 4);
         spec.params.pages_per_second = 200;
         spec.extra = extra.iter().map(|word| (*word).to_owned()).collect();
@@ -56,6 +62,17 @@ impl Scene {
         more: &[&str],
         meanwhile: impl FnOnce(&Agent) -> Result<(), LabError>,
     ) -> Result<(Ended, Ended), LabError> {
+        self.migrate_under(attempt, more, (&[], &[]), meanwhile)
+    }
+
+    /// The same with the source's and the target's agent started by other programs.
+    fn migrate_under(
+        &mut self,
+        attempt: &str,
+        more: &[&str],
+        under: (&[&str], &[&str]),
+        meanwhile: impl FnOnce(&Agent) -> Result<(), LabError>,
+    ) -> Result<(Ended, Ended), LabError> {
         let waiting = Qemu::launch(&self.workplace, attempt, &self.spec.to_target())?;
         let state = |role: &str| {
             self.workplace.file(&format!("{attempt}.{role}.state")).display().to_string()
@@ -66,12 +83,16 @@ impl Scene {
         let args =
             ["target", "--listen", &self.to, "--qmp", &qmp, "--once", "--json", "--insecure"];
         let args = [&args[..], &["--state-dir", &there]].concat();
-        let target = Agent::start(&self.workplace, None, &name("target"), &args)?;
+        let manner = |under| Manner { under, ..Manner::default() };
+        let start = |role: &str, args: &[&str], under| {
+            Agent::start_in(&self.workplace, None, &name(role), args, manner(under))
+        };
+        let target = start("target", &args, under.1)?;
         target.wait_text("listening", SOON)?;
         let qmp = self.guest.qmp().display().to_string();
         let args = ["migrate", "--qmp", &qmp, "--to", &self.to, "--json", "--verify", "--insecure"];
         let args = [&args[..], &["--state-dir", &here, "--downtime-ms", "2000"], more].concat();
-        let source = Agent::start(&self.workplace, None, &name("source"), &args)?;
+        let source = start("source", &args, under.0)?;
         meanwhile(&source)?;
         let source = source.wait(MIGRATION_MAX)?;
         if source.code != 0 {
@@ -122,6 +143,56 @@ fn rdma_a_guest_moves_by_the_way_that_the_agents_choose() -> Outcome {
     let (source, target) = scene.migrate("by-tcp", &["--transport", "tcp"], |_| Ok(()))?;
     assert_migrated(&source, &target, "tcp-uring");
     scene.assert_goes_on()
+}
+
+#[test]
+fn rdma_that_may_lock_too_little_memory_says_how_much_it_needs_or_leaves_it_to_tcp() -> Outcome {
+    let name = "rdma_that_may_lock_too_little_memory_says_how_much_it_needs_or_leaves_it_to_tcp";
+    let Some(mut scene) = Scene::boot(name, &[])? else { return Ok(()) };
+    let only = ["--transport", "rdma"];
+    let (little, as_ever) = (&LOCKS_LITTLE[..], &[][..]);
+    let (source, target) =
+        scene.migrate_under("source-only", &only, (little, as_ever), |_| Ok(()))?;
+    // What is filled, in whole slices.
+    let needed = refused_for(&source, &target);
+    assert!((16 << 20..=(GUEST_MIB + 1) << 20).contains(&needed), "{needed}");
+    scene.assert_goes_on()?;
+    // A limit of what it said is enough, unless the guest has begun another slice meanwhile.
+    let needed = needed + (16 << 20);
+    let limit = format!("--memlock={needed}:{needed}");
+    let enough = [&LOCKS_LITTLE[..4], &[limit.as_str()]].concat();
+    let (source, target) = scene.migrate_under("enough", &only, (&enough, as_ever), |_| Ok(()))?;
+    assert_migrated(&source, &target, "rdma");
+    scene.assert_goes_on()?;
+    let (source, target) =
+        scene.migrate_under("target-only", &only, (as_ever, little), |_| Ok(()))?;
+    // How much of it will be filled the target can't know.
+    assert_eq!(refused_for(&source, &target), (GUEST_MIB + 1) << 20);
+    for (attempt, under) in [("source-any", (little, as_ever)), ("target-any", (as_ever, little))] {
+        let (source, target) = scene.migrate_under(attempt, &[], under, |_| Ok(()))?;
+        assert_migrated(&source, &target, "tcp-uring");
+        let reason = source.summary()["transport_reason"].as_str().unwrap_or_default();
+        assert_eq!(reason.contains("at the target"), attempt == "target-any", "{reason}");
+        assert!(needed_bytes(reason) >= 16 << 20, "{reason}");
+        scene.assert_goes_on()?;
+    }
+    Ok(())
+}
+
+/// Bytes that have to be locked, said by a source that was refused before the guest was touched.
+fn refused_for(source: &Ended, target: &Ended) -> u64 {
+    let said = source.summary()["reason"].as_str().unwrap_or_default();
+    println!("source: exit code {}: {said}", source.code);
+    assert_eq!(source.code, 3, "{}\ntarget: {}", source.stderr, target.stderr);
+    assert!(said.contains("LimitMEMLOCK"), "{said}\ntarget: {}", target.stderr);
+    needed_bytes(said)
+}
+
+/// The number before "bytes have to be locked", where the limit is the one that was set.
+fn needed_bytes(said: &str) -> u64 {
+    let before = said.split(" bytes have to be locked in memory, the limit is 1048576").next();
+    let number = before.and_then(|text| text.rsplit(' ').next()).and_then(|it| it.parse().ok());
+    number.unwrap_or_else(|| panic!("no number in {said:?}"))
 }
 
 /// RDMA's own way is shut in the middle of a round, the control connection's is not.
