@@ -17,7 +17,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::message::{Choice, Ticket};
+use super::offer::Choice;
+use super::ticket::Ticket;
 use crate::ids::{RoundIndex, SessionId};
 use crate::lane::LanePath;
 

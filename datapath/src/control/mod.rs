@@ -15,14 +15,19 @@
 mod cut;
 mod frame;
 mod message;
+mod offer;
 mod queues;
 mod recover;
+mod ticket;
 
 pub use cut::{Heard, LanesLost, NewLanes, Rejoin};
 pub use frame::{Decoder, FrameError, MAGIC, VERSION, encode};
 pub use message::{
-    Abort, AbortReason, Choice, DigestReport, Hello, LaneAddress, LaneOffer, LaneTicket, Message,
-    MessageKind, Offer, Refused, RegionOffer, RoundStart, Running, SourceLimits, Ticket, Welcome,
+    Abort, AbortReason, DigestReport, Hello, Message, MessageKind, RoundStart, Running, Welcome,
+};
+pub use offer::{
+    Choice, LaneAddress, LaneOffer, LaneTicket, Offer, Refused, RegionOffer, SourceLimits,
 };
 pub use queues::{CoreUse, LanePlaced, LanesPlaced, NicQueues, QueueCore};
 pub use recover::{Recover, Recovered, Word};
+pub use ticket::Ticket;

@@ -1,21 +1,22 @@
 //! The source agent's loop, and what each command of the state machine does.
 
+mod ending;
+mod heard;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use caps::Capability;
 use crossbeam_channel::{Receiver, Sender, after, select, unbounded};
-use pageferry_datapath::control::{
-    AbortReason, Choice, Hello, LanesPlaced, Message, NewLanes, Word,
-};
+use pageferry_datapath::control::{AbortReason, Choice, Hello, Message, NewLanes};
 use pageferry_datapath::ids::SessionId;
-use pageferry_datapath::recover::Guest;
-use pageferry_datapath::source::{Command, Failure, Input, Outcome, Phase, Source, SourceConfig};
+use pageferry_datapath::source::{Command, Failure, Input, Phase, Source, SourceConfig};
 use pageferry_uring::plan::LaneTls;
 
+use self::heard::{Said, is_out, listener};
 use super::super::backlog::Room;
-use super::super::control::{Control, Event};
+use super::super::control::Control;
 use super::super::digest_job::DigestJob;
 use super::super::failure;
 use super::super::hold::Hold;
@@ -28,21 +29,12 @@ use super::state_relay::StateRelay;
 use super::tracking::Tracking;
 use super::ways::Ways;
 use super::{SourceOptions, SourceResult, Watch, lost};
-use crate::{host, limits, privileges};
+use crate::{host, privileges};
 
 /// How often a watcher is told how far things are.
 const WATCH_EVERY: Duration = Duration::from_millis(100);
-/// How long the target may take to hear why the attempt ended, with the guest running again.
-const GOODBYE_WAIT: Duration = Duration::from_secs(1);
 /// How long the target may take to accept the control connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
-
-/// What the agent itself listens to.
-enum Said {
-    NewLanes(NewLanes, Room),
-    LanesPlaced(LanesPlaced, Room),
-    Restored(Duration),
-}
 
 /// Everything one migration holds at the source.
 pub(super) struct Agent<'a> {
@@ -427,88 +419,6 @@ impl<'a> Agent<'a> {
         self.heard.try_iter().map(|(input, _room)| input).find(is_out).map(Some).ok_or(failure)
     }
 
-    fn decide(&mut self, decision: Decision) -> Result<(), Failure> {
-        let hint = "the disk of --state-dir must take a few hundred bytes";
-        self.records
-            .as_mut()
-            .map_or(Ok(()), |records| records.write(decision))
-            .map_err(|error| failure::host("record", &error, Some(hint.into())))
-    }
-
-    fn release(&mut self) {
-        self.tracking.disarm();
-        self.mover.close(false);
-        self.join_relay();
-        self.monitor.release();
-        self.forget();
-    }
-
-    /// Removes the record, durably, and says so. Not before: until it hears this the target answers for
-    /// both, should this agent die or this host lose its power.
-    fn forget(&mut self) {
-        if let Some(records) = self.records.take() {
-            match records.remove() {
-                Ok(()) => {
-                    self.control.settle(Word::None);
-                }
-                Err(error) => tracing::warn!(%error, "the record of this session stays"),
-            }
-        }
-    }
-
-    fn unwind(&mut self) -> Guest {
-        self.digest = None;
-        let guest = self.unwind_guest();
-        let running = guest == Guest::Runs;
-        self.tracking.disarm();
-        // A guest that stands still here needs its record. One that runs, or is gone, does not, unless a
-        // target that has loaded it did not act on this end and waits for somebody's word: before the
-        // device state left it has not.
-        let told = |word| matches!(word, Some(Word::Aborted | Word::None));
-        let needed = match &self.records {
-            _ if guest == Guest::Whole => true,
-            Some(records) if records.record().decision == Decision::Aborted => {
-                !told(self.control.settled(Duration::ZERO))
-            }
-            Some(records) if records.record().decision == Decision::HandedOver => !running,
-            _ => false,
-        };
-        if !needed {
-            self.forget();
-        }
-        self.control.finish(GOODBYE_WAIT, false);
-        self.mover.close(true);
-        self.join_relay();
-        if running && self.records.is_some() {
-            tracing::warn!("the target has not acted on this; see `pageferry recover`");
-        }
-        guest
-    }
-
-    fn unwind_guest(&mut self) -> Guest {
-        if self.monitor.unwind() {
-            return Guest::Runs;
-        }
-        // One that was killed closes its sockets a moment before it is gone.
-        let until = Instant::now() + limits::MONITOR_ENDS_MAX;
-        while self.monitor.is_alive() && Instant::now() < until {
-            std::thread::sleep(limits::TELL_AGAIN_PAUSE);
-        }
-        if self.monitor.is_alive() { Guest::Whole } else { Guest::Absent }
-    }
-
-    /// Should this agent die from here on, nobody may think that the guest was handed over.
-    fn retract(&mut self) -> bool {
-        self.decide(Decision::Aborted).is_ok()
-            || self.records.take().is_none_or(|records| records.remove().is_ok())
-    }
-
-    fn join_relay(&mut self) {
-        if let Some(relay) = self.relay.take() {
-            self.state_bytes = relay.join();
-        }
-    }
-
     fn watched<'m>(&'m self, machine: &'m Source) -> Watch<'m> {
         Watch {
             session: self.session,
@@ -520,35 +430,6 @@ impl<'a> Agent<'a> {
             round_bytes: self.mover.round_bytes(),
             moved_bytes: self.mover.moved_bytes(),
             lanes: self.mover.alive(),
-        }
-    }
-
-    fn finish(mut self, machine: Source) -> SourceResult {
-        // After an uncertain end nothing was let go of yet: the guest stays paused.
-        self.mover.close(true);
-        self.tracking.disarm();
-        if machine.outcome() == Some(&Outcome::Migrated) {
-            // The target waits until it knows that this side knows.
-            self.control.finish(GOODBYE_WAIT, false);
-        }
-        self.control.close();
-        SourceResult {
-            session: self.session,
-            outcome: machine.outcome().expect("the loop ends with it").clone(),
-            security: Some(self.control.security()),
-            report: machine.report().clone(),
-            lanes: self.mover.take_stats(),
-            path: self.mover.path(),
-            path_reason: self.mover.path_reason().map(str::to_owned),
-            rails: self.mover.take_over_rails(),
-            rss: self.mover.rss(),
-            cores: self.mover.cores(),
-            cuts: std::mem::take(&mut self.cuts),
-            lanes_renewed: self.mover.renewed(),
-            scans: std::mem::take(&mut self.tracking.scans),
-            state_bytes: self.state_bytes,
-            attach_stopped: self.tracking.attach_stopped,
-            total: self.started.elapsed(),
         }
     }
 }
@@ -565,55 +446,6 @@ fn lane_tls(
         Security::Loopback | Security::Insecure => Err(TlsError::NotEncrypted),
     };
     tls.map_err(|error| failure::host("encrypted lanes", &error, error.hint()))
-}
-
-/// Sorts what the control connection brings. What the target's monitor answers to the source's goes
-/// straight to it; everything that is not the agent's own is the machine's. The channels are not
-/// bounded themselves: the control connection bounds what it hands on.
-fn listener(
-    to_heard: Sender<(Input, Option<Room>)>,
-    said: Sender<Said>,
-    state: Arc<OnceLock<Arc<dyn StateStream>>>,
-) -> impl FnMut(Event) + Send + 'static {
-    move |event| {
-        let heard = match event {
-            Event::Message(Message::ReturnPath(bytes), _room) => {
-                // A monitor that no longer listens says so by itself.
-                let _its_own_failure = state.get().map(|stream| stream.write_all(&bytes));
-                return;
-            }
-            Event::Message(Message::NewLanes(new), room) => {
-                let _nobody_waits_after_the_end = said.send(Said::NewLanes(new, room));
-                return;
-            }
-            Event::Message(Message::LanesPlaced(placed), room) => {
-                let _nobody_waits_after_the_end = said.send(Said::LanesPlaced(placed, room));
-                return;
-            }
-            Event::Restored { away } => {
-                let _nobody_waits_after_the_end = said.send(Said::Restored(away));
-                return;
-            }
-            Event::Cut(error) => {
-                tracing::warn!(%error, "the target is cut off; trying to come back");
-                return;
-            }
-            Event::Message(message, room) => (Input::Message(message), Some(room)),
-            Event::Lost(error) => (Input::PeerLost(lost(&error)), None),
-        };
-        let target_is_out = is_out(&heard.0);
-        let _nobody_waits_after_the_end = to_heard.send(heard);
-        if target_is_out {
-            // The agent may be waiting for its monitor, and that for the target's last word, which
-            // will not come: the guest stands still meanwhile.
-            let _the_monitor_has_ended = state.get().map(|stream| stream.finish());
-        }
-    }
-}
-
-/// The target is gone, or has given up.
-fn is_out(input: &Input) -> bool {
-    matches!(input, Input::PeerLost(_) | Input::Message(Message::Abort(_)))
 }
 
 fn not_connected(error: &LinkError) -> Failure {
