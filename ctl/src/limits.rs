@@ -182,6 +182,10 @@ pub const RECOVER_TELL_MAX: Duration = Duration::from_secs(2);
 /// once, and nobody else can connect.
 pub const ADMIN_WAIT: Duration = Duration::from_secs(2);
 
+/// A socket at which nobody listens is left of a killed agent after this: between making and listening
+/// are microseconds.
+pub const ADMIN_SOCKET_LEFT_AFTER: Duration = Duration::from_secs(60);
+
 /// A line of the admin socket: a status is well below 1 KiB.
 pub const ADMIN_LINE_BYTES_MAX: u64 = 64 << 10;
 

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -157,6 +157,7 @@ impl Admin {
             move |source| AdminError::Host { call, path, source }
         };
         make_private(dir).map_err(host("mkdir", dir))?;
+        sweep(dir, limits::ADMIN_SOCKET_LEFT_AFTER);
         let path = socket(dir, session);
         let listener = UnixListener::bind(&path).map_err(host("bind", &path))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))
@@ -187,6 +188,18 @@ impl Drop for Admin {
         let _it_may_be_gone = fs::remove_file(&self.path);
         if let Some(thread) = self.thread.take() {
             let _its_panic_is_told_already = thread.join();
+        }
+    }
+}
+
+/// Removes the sockets of agents that were killed. One that is younger may be about to be listened at.
+fn sweep(dir: &Path, left_after: Duration) {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    for path in entries.map(|entry| entry.path()) {
+        let age = || fs::metadata(&path).ok()?.modified().ok()?.elapsed().ok();
+        let is_old = || age().is_some_and(|age| age >= left_after);
+        if path.extension().is_some_and(|name| name == "sock") && is_old() && !listens(&path) {
+            let _another_agent_may_sweep_too = fs::remove_file(&path);
         }
     }
 }
@@ -387,6 +400,11 @@ mod tests {
             .collect();
         drop(UnixListener::bind(dir.join("aa03.sock")).unwrap());
         assert_eq!(sessions(&dir), ["aa01", "aa02"]);
+        let left = || fs::read_dir(&dir).unwrap().count();
+        sweep(&dir, Duration::from_secs(3600));
+        assert_eq!(left(), 3, "its agent may not listen yet");
+        sweep(&dir, Duration::ZERO);
+        assert_eq!((left(), sessions(&dir).len()), (2, 2));
         let ambiguous = ask(&dir, "aa", &Request::Status);
         assert!(matches!(ambiguous, Err(AdminError::Ambiguous { count: 2, .. })));
         let refused = ask(&dir, "aa02", &Request::Status).unwrap_err();
