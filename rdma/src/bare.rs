@@ -23,7 +23,7 @@ use crate::error::{CmEventKind, RdmaError};
 use crate::mailbox::no_memory;
 use crate::qp_sys::{Completion, Part, QueuePair, RemoteAddr, Write};
 use crate::stop::Stop;
-use crate::sys::{Access, Context, Devices, MemoryRegion, ProtectionDomain};
+use crate::sys::{Access, Context, MemoryRegion, ProtectionDomain};
 
 const MAGIC: [u8; 4] = *b"PFRB";
 const TOLD_BYTES: usize = 24;
@@ -61,7 +61,7 @@ impl BareDevice {
     pub fn at(address: SocketAddr) -> Result<Self, RdmaError> {
         let id = CmId::new()?;
         id.listen(address)?;
-        let context = Devices::open()?.context(id.verbs())?;
+        let context = Context::open(id.verbs())?;
         // The context stays when the identifier that found it goes.
         Ok(Self { domain: ProtectionDomain::new(context)? })
     }
@@ -156,7 +156,7 @@ impl Bare {
     }
 
     fn new(id: CmId, bare: BareTerms) -> Result<(Self, Arc<Context>), RdmaError> {
-        let context = Devices::open()?.context(id.verbs())?;
+        let context = Context::open(id.verbs())?;
         let domain = ProtectionDomain::new(Arc::clone(&context))?;
         let mut qp = QueuePair::new(id, &domain, bare.depth, 0)?;
         let huge = bare.huge.then_some(2 << 20);

@@ -28,7 +28,7 @@ use crate::plan::{ConnectPlan, LanePlan};
 use crate::qp_sys::{QueuePair, RemoteAddr, Write};
 use crate::registration::RegisteredMemory;
 use crate::stop::Stop;
-use crate::sys::{DeviceLimits, Devices};
+use crate::sys::{Context, DeviceLimits};
 
 /// A source's connection that has been tried.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ pub(crate) fn dial(
     id.set_ack_timeout(limits::ACK_TIMEOUT_EXPONENT);
     let (from, to) = plan.way(lane);
     resolve(&id, from, to, deadline, stop)?;
-    let context = Devices::open()?.context(id.verbs())?;
+    let context = Context::open(id.verbs())?;
     let domain = memory.domain(&context)?;
     let mut qp = QueuePair::new(id, &domain, plan.depth, lane.lane.0.into())?;
     let mailbox = Mailbox::new(&domain)?;
@@ -207,7 +207,7 @@ impl ArrivingLane {
     ) -> Result<Dialled, RdmaError> {
         let Self { id, hello, reads } = self;
         let deadline = Instant::now() + connect_wait;
-        let context = Devices::open()?.context(id.verbs())?;
+        let context = Context::open(id.verbs())?;
         let domain = memory.domain(&context)?;
         let registered = memory.registered(&domain, None)?;
         // It sends few messages: an answer to each question.
@@ -236,6 +236,8 @@ impl ArrivingLane {
 #[derive(Debug)]
 pub(crate) struct ListeningId {
     id: CmId,
+    /// Its device, where it listens at an address of one.
+    device: Option<Arc<Context>>,
     port: u16,
 }
 
@@ -243,7 +245,9 @@ impl ListeningId {
     pub(crate) fn at(address: SocketAddr) -> Result<Self, RdmaError> {
         let id = CmId::new()?;
         let port = id.listen(address)?;
-        Ok(Self { id, port })
+        let verbs = id.verbs();
+        let device = (!verbs.is_null()).then(|| Context::open(verbs)).transpose()?;
+        Ok(Self { id, device, port })
     }
 
     pub(crate) fn port(&self) -> u16 {
@@ -259,6 +263,7 @@ impl ListeningId {
                     return Ok(ArrivingLane::of_request(event));
                 }
                 Ok(event) if event.kind == CmEventKind::DeviceRemoval => {
+                    self.device.iter().for_each(|device| device.note_removed());
                     return Err(RdmaError::DeviceRemoved);
                 }
                 Ok(_) | Err(RdmaError::Stalled { .. }) => {}

@@ -90,6 +90,21 @@ impl RdmaMemory {
         Ok(())
     }
 
+    /// Lets go of devices that are being removed. Lanes on them that have not ended yet have their
+    /// share until they do.
+    pub(crate) fn let_go_of_removed(&self) {
+        let mut gone = Vec::new();
+        {
+            let mut shared = self.lock();
+            let removed = shared.domains.iter().filter(|(_, it)| it.context().is_removed());
+            for name in removed.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+                gone.push((shared.registered.remove(&name), shared.domains.remove(&name)));
+            }
+        }
+        // Deregistering takes its time: not under the lock.
+        drop(gone);
+    }
+
     /// Bytes registered so far, on all devices together.
     pub fn registered_bytes(&self) -> u64 {
         self.lock().registered.values().map(|registered| registered.registered_bytes()).sum()

@@ -33,6 +33,8 @@ mod events_sys;
 #[cfg(feature = "rdma")]
 pub mod guest;
 #[cfg(feature = "rdma")]
+mod kept_sys;
+#[cfg(feature = "rdma")]
 pub mod limits;
 #[cfg(feature = "rdma")]
 mod line;

@@ -42,6 +42,8 @@ pub(crate) struct Line {
     messages: VecDeque<Message>,
     /// Entries of WRITEs and READs that are done.
     done: VecDeque<u64>,
+    /// Events of the connection that were looked at before they were due.
+    unseen: VecDeque<CmEvent>,
     /// Times it slept: what a wait costs beyond polling.
     sleeps: u64,
 }
@@ -57,6 +59,7 @@ impl Line {
             completions: Vec::new(),
             messages: VecDeque::new(),
             done: VecDeque::new(),
+            unseen: VecDeque::new(),
             sleeps: 0,
         }
     }
@@ -154,11 +157,32 @@ impl Line {
         }
     }
 
+    /// Ends the connection, and takes note of a removal that something else was faster than.
+    pub(crate) fn hang_up(&mut self) {
+        let _noted = self.check_device();
+        self.qp.hang_up();
+    }
+
+    /// For a line that nobody waits on: fails when its device is being removed, which waits for it.
+    /// What else has happened is for the next wait.
+    pub(crate) fn check_device(&mut self) -> Result<(), RdmaError> {
+        while let Some(event) = self.qp.connection_event()? {
+            if event.kind == CmEventKind::DeviceRemoval {
+                return Err(self.end_of(&event).expect("it ends connections"));
+            }
+            self.unseen.push_back(event);
+        }
+        Ok(())
+    }
+
     fn sleep(&mut self, limit: Duration) -> Result<(), RdmaError> {
         self.sleeps += 1;
         // Rounded up: a wait of less than a millisecond must not become a loop.
         let limit = limit.as_millis().saturating_add(1).min(i32::MAX as u128) as i32;
-        let timeout = PollTimeout::try_from(limit).expect("not negative");
+        let timeout = match self.unseen.is_empty() {
+            true => PollTimeout::try_from(limit).expect("not negative"),
+            false => PollTimeout::ZERO,
+        };
         let (completed, happened) = {
             let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
             let mut fds = [
@@ -171,7 +195,7 @@ impl Line {
                 Err(errno) => return Err(RdmaError::Call { call: "poll", source: errno.into() }),
             }
             let is_ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
-            (is_ready(&fds[0]), is_ready(&fds[1]))
+            (is_ready(&fds[0]), is_ready(&fds[1]) || !self.unseen.is_empty())
         };
         if completed {
             self.qp.take_completion_event();
@@ -184,8 +208,8 @@ impl Line {
 
     /// Takes the connection's events; one that ends it is an error, after what came before it.
     fn events(&mut self) -> Result<(), RdmaError> {
-        while let Some(event) = self.qp.connection_event()? {
-            if let Some(error) = ending(&event) {
+        while let Some(event) = self.next_event()? {
+            if let Some(error) = self.end_of(&event) {
                 // What had arrived before it counts: a close, an acknowledgement.
                 return match self.collect() {
                     Ok(true) if !self.messages.is_empty() => Ok(()),
@@ -254,13 +278,28 @@ impl Line {
         }
     }
 
-    fn ended_by(&self) -> RdmaError {
-        while let Ok(Some(event)) = self.qp.connection_event() {
-            if let Some(cause) = ending(&event) {
+    fn ended_by(&mut self) -> RdmaError {
+        while let Ok(Some(event)) = self.next_event() {
+            if let Some(cause) = self.end_of(&event) {
                 return cause;
             }
         }
         RdmaError::PeerClosed
+    }
+
+    fn next_event(&mut self) -> Result<Option<CmEvent>, RdmaError> {
+        match self.unseen.pop_front() {
+            Some(event) => Ok(Some(event)),
+            None => self.qp.connection_event(),
+        }
+    }
+
+    /// The error that an event means, if it ends the connection.
+    fn end_of(&self, event: &CmEvent) -> Option<RdmaError> {
+        if event.kind == CmEventKind::DeviceRemoval {
+            self.qp.note_removed();
+        }
+        ending(event)
     }
 }
 

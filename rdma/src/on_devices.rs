@@ -22,7 +22,7 @@ use crate::message::Message;
 use crate::plan::{ConnectPlan, LanePlan, Pin, TargetLaneConfig};
 use crate::qp_sys::{RemoteAddr, Write};
 use crate::stop::Stop;
-use crate::sys::{Access, Devices, MemoryRegion};
+use crate::sys::{Access, Context, MemoryRegion};
 use crate::target::{Listener, TargetLane};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -101,7 +101,7 @@ impl Attempt {
     fn register_once_more(&self) -> Arc<MemoryRegion> {
         let id = CmId::new().expect("an identifier");
         id.listen(SocketAddr::new(self.address, 0)).expect("listening");
-        let context = Devices::open().and_then(|all| all.context(id.verbs())).expect("a device");
+        let context = Context::open(id.verbs()).expect("a device");
         let domain = self.registered.domain(&context).expect("the lane's");
         let lease = self.target.regions()[0].lease(0, BYTES).expect("all of it");
         MemoryRegion::register(&domain, lease, Access::RemoteWrite).expect("registered")

@@ -371,6 +371,11 @@ impl QueuePair {
         self.domain.context().explain(self.raw, self.events_from)
     }
 
+    /// Its device is being taken away.
+    pub(crate) fn note_removed(&self) {
+        self.domain.context().note_removed();
+    }
+
     /// Asks the peer.
     pub(crate) fn connect(&self, terms: ConnectionTerms, said: &[u8]) -> Result<(), RdmaError> {
         self.id.connect(terms, said)

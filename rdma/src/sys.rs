@@ -1,11 +1,11 @@
 //! libibverbs, as much of it as lanes need. Unsafe code lives here, in [`qp_sys`](crate::qp_sys),
-//! [`cm_sys`](crate::cm_sys) and [`events_sys`](crate::events_sys).
+//! [`cm_sys`](crate::cm_sys), [`events_sys`](crate::events_sys) and [`kept_sys`](crate::kept_sys).
 //!
 //! Everything holds its parent by `Arc`, so nothing is closed under what was made from it:
 //!
 //! ```text
-//! Devices <- Context <- ProtectionDomain <- MemoryRegion -> Lease of guest memory
-//!                 ^---- CompletionQueue
+//! Context <- ProtectionDomain <- MemoryRegion -> Lease of guest memory
+//!      ^---- CompletionQueue
 //! ```
 //!
 //! A [`MemoryRegion`] holds the lease of what it registers, and every posted work request holds the
@@ -26,11 +26,12 @@ use rdma_sys::{
     ibv_create_comp_channel, ibv_create_cq, ibv_dealloc_pd, ibv_dereg_mr, ibv_destroy_comp_channel,
     ibv_destroy_cq, ibv_device_attr, ibv_get_cq_event, ibv_get_device_name, ibv_mr, ibv_pd,
     ibv_poll_cq, ibv_qp, ibv_query_device, ibv_reg_mr, ibv_req_notify_cq, ibv_transport_type,
-    ibv_wc, rdma_free_devices, rdma_get_devices,
+    ibv_wc,
 };
 
 use crate::error::RdmaError;
 use crate::events_sys::DeviceEvents;
+use crate::kept_sys::Kept;
 
 // The declarations with unions are written by hand in rdma-sys: check them against the C headers.
 const _: () = {
@@ -40,53 +41,6 @@ const _: () = {
     assert!(std::mem::offset_of!(ibv_wc, qp_num) == 28);
     assert!(size_of::<rdma_sys::rdma_cm_event>() == 80);
 };
-
-/// Every RDMA device of this host, kept open.
-#[derive(Debug)]
-pub(crate) struct Devices {
-    list: NonNull<*mut ibv_context>,
-}
-
-// SAFETY: the list is written by librdmacm before it is returned, and only read from then on.
-unsafe impl Send for Devices {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for Devices {}
-
-impl Devices {
-    /// Opens them; an error where there is none, or no connection manager.
-    pub(crate) fn open() -> Result<Arc<Self>, RdmaError> {
-        // SAFETY: a null pointer for the count is allowed by rdma_get_devices(3).
-        let list = unsafe { rdma_get_devices(ptr::null_mut()) };
-        NonNull::new(list)
-            .map(|list| Arc::new(Self { list }))
-            .ok_or_else(|| RdmaError::last("rdma_get_devices"))
-    }
-
-    /// The open device with this address, as a connection names it.
-    pub(crate) fn context(
-        self: &Arc<Self>,
-        verbs: *mut ibv_context,
-    ) -> Result<Arc<Context>, RdmaError> {
-        let mut at = self.list.as_ptr();
-        loop {
-            // SAFETY: `at` starts at the list's first entry and stops at its NULL, which ends it.
-            let raw = unsafe { *at };
-            let Some(raw) = NonNull::new(raw) else { return Err(RdmaError::DeviceRemoved) };
-            if raw.as_ptr() == verbs {
-                return Context::new(Arc::clone(self), raw);
-            }
-            // SAFETY: not yet at the NULL, so the next entry exists.
-            at = unsafe { at.add(1) };
-        }
-    }
-}
-
-impl Drop for Devices {
-    fn drop(&mut self) {
-        // SAFETY: from `rdma_get_devices`, freed once; every context holds an `Arc` of this.
-        unsafe { rdma_free_devices(self.list.as_ptr()) };
-    }
-}
 
 /// What a device can do, as far as lanes want to know.
 #[derive(Clone, Debug)]
@@ -109,7 +63,7 @@ pub(crate) struct Context {
     raw: NonNull<ibv_context>,
     limits: DeviceLimits,
     events: DeviceEvents,
-    _devices: Arc<Devices>,
+    kept: Kept,
 }
 
 // SAFETY: libibverbs locks what of a context is written after it was opened.
@@ -118,10 +72,13 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
-    fn new(devices: Arc<Devices>, raw: NonNull<ibv_context>) -> Result<Arc<Self>, RdmaError> {
+    /// The device with this address, as a connection names it.
+    pub(crate) fn open(verbs: *mut ibv_context) -> Result<Arc<Self>, RdmaError> {
+        let raw = NonNull::new(verbs).ok_or(RdmaError::DeviceRemoved)?;
+        let kept = Kept::open(verbs)?;
         // SAFETY: plain numbers, for which zero bytes are valid.
         let mut attr: ibv_device_attr = unsafe { std::mem::zeroed() };
-        // SAFETY: the context is open while `devices` is held; `attr` is writable.
+        // SAFETY: the context is open while `kept` is held; `attr` is writable.
         let failed = unsafe { ibv_query_device(raw.as_ptr(), &mut attr) };
         if failed != 0 {
             return Err(of_errno("ibv_query_device", failed));
@@ -146,7 +103,7 @@ impl Context {
         };
         // SAFETY: the context is open.
         let events = unsafe { DeviceEvents::prepare(raw) }?;
-        Ok(Arc::new(Self { raw, limits, events, _devices: devices }))
+        Ok(Arc::new(Self { raw, limits, events, kept }))
     }
 
     /// The number of the device's next event.
@@ -159,6 +116,16 @@ impl Context {
     pub(crate) fn explain(&self, qp: *mut ibv_qp, mark: u64) -> Option<RdmaError> {
         // SAFETY: as above; the queue pair's address is only compared.
         unsafe { self.events.explain(self.raw, &self.limits.name, qp, mark) }
+    }
+
+    /// The device is being taken away, which waits for all who use it: closed once nothing of ours
+    /// is left of it.
+    pub(crate) fn note_removed(&self) {
+        self.kept.note_removed();
+    }
+
+    pub(crate) fn is_removed(&self) -> bool {
+        self.kept.is_removed()
     }
 
     pub(crate) fn limits(&self) -> &DeviceLimits {

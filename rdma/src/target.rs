@@ -154,7 +154,7 @@ fn serve(
             let ended = server.answer_all();
             sleeps = server.line.sleeps();
             // The connection goes first: the source notices, and nothing is placed after the event.
-            server.line.qp.hang_up();
+            server.line.hang_up();
             ended
         }
     };
@@ -168,6 +168,7 @@ fn serve(
     };
     // A driver that has gone away no longer asks.
     let _ = event.map(|event| events.send(event));
+    memory.let_go_of_removed();
     drop(memory);
     tally.finish(reason, cpu, sleeps)
 }

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use crossbeam_channel::never;
+use crossbeam_channel::{RecvTimeoutError, never};
 use pageferry_ctl::agent::monitor::TargetMonitor;
 use pageferry_ctl::agent::source::Watch;
 use pageferry_ctl::cli::{self, Cli, MigrateArgs, TargetArgs};
@@ -208,22 +208,50 @@ impl Scene {
     /// Moves a guest over two wires, of which the source's end of the second goes down in the middle
     /// of a round, and stays so.
     fn lose_a_wire(&self, more: &[&str]) -> Moved {
-        let wires =
-            ["PF_NETDEV_0", "PF_NETDEV_1"].map(|name| Wire(std::env::var(name).expect("set")));
-        if self.has_source {
-            // So that there is a half-way: not all of the round is posted at once, either.
-            wires.iter().for_each(|wire| Wire::spoil(&wire.0, "rate 50mbit limit 300"));
-        }
-        let lost = wires[1].0.clone();
-        let half_way = move |_: &Giver| {
+        let lost = std::env::var("PF_NETDEV_1").expect("set");
+        let down = move || {
             let status = Command::new("ip").args(["link", "set", &lost, "down"]).status();
             assert!(status.is_ok_and(|status| status.success()), "ip link set {lost} down");
         };
+        self.lose_half_way(more, down)
+    }
+
+    /// The same where the source's RDMA device on the second wire is removed, and the wire stays.
+    /// Nothing of ours may keep the device: its removal waits for all who use it.
+    fn lose_a_device(&self, more: &[&str]) -> Moved {
+        let (removed, when) = crossbeam_channel::bounded(1);
+        let begun = Instant::now();
+        // Of its own, as the agent's loop has to go on.
+        let remove = move || {
+            thread::spawn(move || {
+                let gone = WithoutDevice::of(1);
+                println!("the device was gone {} ms after the start", begun.elapsed().as_millis());
+                let _nobody_waits_after_a_panic = removed.send(gone);
+            });
+        };
+        let moved = self.lose_half_way(more, remove);
+        println!("the migration ended {} ms after the start", begun.elapsed().as_millis());
+        if self.has_source {
+            drop(when.recv_timeout(SOON).expect("the device was let go of"));
+        }
+        moved
+    }
+
+    /// Moves a guest over two wires; `lose` is done at the source in the middle of a round.
+    fn lose_half_way(&self, more: &[&str], lose: impl FnOnce() + 'static) -> Moved {
+        if self.has_source {
+            // So that there is a half-way: not all of the round is posted at once, either.
+            let wires =
+                ["PF_NETDEV_0", "PF_NETDEV_1"].map(|name| std::env::var(name).expect("set"));
+            wires.iter().for_each(|wire| Wire::spoil(wire, "rate 50mbit limit 300"));
+        }
+        let mut lose = Some(lose);
+        let half_way = move |_: &Giver| lose.take().into_iter().for_each(|lose| lose());
         let more = [&["--lanes", "2"], more, &HOWEVER_SLOW[..]].concat();
         let moved = self.move_guest(&shape(48, None), &more, Some(Box::new(half_way)));
         if self.has_source {
             let (total, taken) = moved.told.done_at.expect("a round was half-way");
-            println!("down when {} of {} KiB were handed out", taken >> 10, total >> 10);
+            println!("lost when {} of {} KiB were handed out", taken >> 10, total >> 10);
         }
         moved
     }
@@ -390,6 +418,19 @@ fn rails_on_two_devices_lose_one_in_the_middle_of_a_round_and_carry_on_over_the_
     assert_on_both_wires(moved.summary(), 0);
 }
 
+#[test]
+fn rails_on_two_devices_lose_a_device_in_the_middle_of_a_round_and_carry_on_over_the_other() {
+    let name =
+        "rails_on_two_devices_lose_a_device_in_the_middle_of_a_round_and_carry_on_over_the_other";
+    let Some(scene) = Scene::rails(name, 4825) else { return };
+    let moved = scene.lose_a_device(&["--transport", "rdma"]);
+    if scene.has_target {
+        return assert_goes_on(&moved.arrived.expect("it arrived"));
+    }
+    moved.assert_migrated("rdma");
+    assert_on_both_wires(moved.summary(), 0);
+}
+
 /// A NIC that has no RDMA device as long as this is there, and has one again afterwards.
 struct WithoutDevice {
     device: String,
@@ -451,6 +492,19 @@ fn rails_on_one_device_and_one_plain_nic_both_carry_a_guest() {
 }
 
 #[test]
+fn rails_on_one_device_and_one_plain_nic_lose_the_device_and_carry_on_over_tcp() {
+    let name = "rails_on_one_device_and_one_plain_nic_lose_the_device_and_carry_on_over_tcp";
+    let Some(scene) = Scene::rails(name, 4826) else { return };
+    let _plain = WithoutDevice::of(0);
+    let moved = scene.lose_a_device(&[]);
+    if scene.has_target {
+        return assert_goes_on(&moved.arrived.expect("it arrived"));
+    }
+    moved.assert_migrated("tcp");
+    assert_both_kinds_moved(moved.summary());
+}
+
+#[test]
 fn rails_on_one_device_and_one_plain_nic_lose_the_wire_of_the_device_and_carry_on_over_tcp() {
     let name =
         "rails_on_one_device_and_one_plain_nic_lose_the_wire_of_the_device_and_carry_on_over_tcp";
@@ -461,7 +515,10 @@ fn rails_on_one_device_and_one_plain_nic_lose_the_wire_of_the_device_and_carry_o
         return assert_goes_on(&moved.arrived.expect("it arrived"));
     }
     moved.assert_migrated("tcp");
-    let summary = moved.summary();
+    assert_both_kinds_moved(moved.summary());
+}
+
+fn assert_both_kinds_moved(summary: &Value) {
     println!("{}", summary["rails"]);
     let (rdma, tcp) = (by_lanes_over(summary, "rdma"), by_lanes_over(summary, "tcp"));
     println!("rdma: {} KiB, tcp: {} KiB", rdma >> 10, tcp >> 10);
@@ -564,27 +621,43 @@ fn rdma_a_black_hole_in_the_middle_of_a_round_loses_nothing() {
     );
 }
 
-/// To be run last, as the next one: neither leaves a device that works. (`lanes-in-guest` knows them
-/// by their names.)
-#[test]
-fn rdma_a_link_that_loses_its_device_in_the_middle_of_a_round_loses_nothing() {
-    let Ok(device) = std::env::var("PF_RDMA_DEV") else {
-        skip("rdma_a_link_that_loses_its_device", "needs an RDMA device (make test-rdma)");
-        return;
+/// Removes the device that a variable names, in the middle of a round; both ends are in this process,
+/// which goes on, and removing it ends when nobody uses it any more.
+fn lose_the_device(name: &str, port: u16, variable: &str) {
+    let Ok(device) = std::env::var(variable) else {
+        return skip(name, "needs an RDMA device (make test-rdma)");
     };
+    let (removed, when) = crossbeam_channel::bounded(1);
     cut(
-        "rdma_a_link_that_loses_its_device_in_the_middle_of_a_round_loses_nothing",
-        4807,
+        name,
+        port,
         move |_| {
-            // It returns when nobody uses the device any more: this process's loop has to go on.
-            let device = device.clone();
+            let (device, removed) = (device.clone(), removed.clone());
             thread::spawn(move || {
                 let status = Command::new("rdma").args(["link", "delete", &device]).status();
                 println!("rdma link delete {device}: {status:?}");
+                let _nobody_waits_after_a_panic = removed.send(());
             });
         },
         |netdev| Wire::spoil(netdev, "rate 400mbit"),
     );
+    // Without a device or a wire to spoil, which was said, nobody sends.
+    let waited = when.recv_timeout(SOON);
+    assert_ne!(waited, Err(RecvTimeoutError::Timeout), "the device was not let go of");
+}
+
+/// To be run last, as the next two: none leaves a device that works. (`lanes-in-guest` knows them by
+/// their names.)
+#[test]
+fn rdma_a_link_that_loses_its_device_in_the_middle_of_a_round_loses_nothing() {
+    let name = "rdma_a_link_that_loses_its_device_in_the_middle_of_a_round_loses_nothing";
+    lose_the_device(name, 4807, "PF_RDMA_DEV");
+}
+
+#[test]
+fn rdma_a_link_that_loses_the_targets_device_in_the_middle_of_a_round_loses_nothing() {
+    let name = "rdma_a_link_that_loses_the_targets_device_in_the_middle_of_a_round_loses_nothing";
+    lose_the_device(name, 4808, "PF_PEER_DEV");
 }
 
 /// To be run last: soft-RoCE makes no connections any more after this.

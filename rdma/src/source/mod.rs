@@ -99,6 +99,7 @@ impl RdmaPool {
                 events: events.clone(),
                 counters: Arc::clone(&pool.counters),
                 pacer: Arc::clone(&plan.pacer),
+                memory: Arc::clone(&pool.memory),
             };
             let worker = thread::Builder::new()
                 .name(format!("source-lane-{}", lane.lane))

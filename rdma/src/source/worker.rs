@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use pageferry_datapath::extent::Extent;
 use pageferry_datapath::framing::FramingError;
 use pageferry_datapath::ids::{LaneId, RoundIndex};
@@ -26,7 +26,8 @@ use pageferry_datapath::zero::Sorted;
 use super::{Command, PoolCounters};
 use crate::connection::Dialled;
 use crate::error::RdmaError;
-use crate::limits::{CLOSE_WAIT_MAX, IN_FLIGHT_BYTES_MAX, PACE_TICK, ZERO_BYTES_MAX};
+use crate::guest::RdmaMemory;
+use crate::limits::{CLOSE_WAIT_MAX, IN_FLIGHT_BYTES_MAX, PACE_TICK, TICK, ZERO_BYTES_MAX};
 use crate::line::Line;
 use crate::message::{Message, RUNS_MAX, SliceKey};
 use crate::qp_sys::{RemoteAddr, Write};
@@ -42,33 +43,39 @@ pub(super) struct Setup {
     pub(super) events: Sender<LaneEvent>,
     pub(super) counters: Arc<PoolCounters>,
     pub(super) pacer: Arc<Pacer>,
+    pub(super) memory: Arc<RdmaMemory>,
 }
 
 /// Serves commands until the lane ends; the body of a worker's thread.
 pub(super) fn run(setup: Setup, dialled: Dialled, commands: &Receiver<Command>) -> LaneStats {
     let cpu = pin_to(setup.cpu);
+    let memory = Arc::clone(&setup.memory);
     let Dialled { line, registered, device } = dialled;
-    let keys = vec![None; registered.slices().count() as usize];
-    let mut worker = Worker {
-        setup,
-        line,
-        registered,
-        keys,
-        barriers: 0,
-        batch: Vec::with_capacity(BATCH_EXTENTS_MAX),
-        sorted: Sorted::new(),
-        zeros: Vec::new(),
-        zeros_asked: false,
-        writes: Vec::with_capacity(BATCH_EXTENTS_MAX),
-        in_flight: VecDeque::new(),
-        in_flight_bytes: 0,
-        unacked: Vec::new(),
-        tally: Tally::new(),
+    let (tally, sleeps) = {
+        let keys = vec![None; registered.slices().count() as usize];
+        let mut worker = Worker {
+            setup,
+            line,
+            registered,
+            keys,
+            barriers: 0,
+            batch: Vec::with_capacity(BATCH_EXTENTS_MAX),
+            sorted: Sorted::new(),
+            zeros: Vec::new(),
+            zeros_asked: false,
+            writes: Vec::with_capacity(BATCH_EXTENTS_MAX),
+            in_flight: VecDeque::new(),
+            in_flight_bytes: 0,
+            unacked: Vec::new(),
+            tally: Tally::new(),
+        };
+        worker.serve(commands);
+        worker.line.hang_up();
+        (worker.tally, worker.line.sleeps())
     };
-    worker.serve(commands);
-    let Worker { line, tally, .. } = worker;
-    line.qp.hang_up();
-    tally.finish(format!("device {device}"), cpu, line.sleeps())
+    // Nothing of this lane is left: who removes the device need not wait for the other lanes' driver.
+    memory.let_go_of_removed();
+    tally.finish(format!("device {device}"), cpu, sleeps)
 }
 
 /// One chain of WRITEs under way.
@@ -103,13 +110,18 @@ struct Worker {
 
 impl Worker {
     fn serve(&mut self, commands: &Receiver<Command>) {
-        for command in commands {
-            let ended = match command {
-                Command::Round(work) => match self.round(&work) {
+        loop {
+            let ended = match commands.recv_timeout(TICK) {
+                Ok(Command::Round(work)) => match self.round(&work) {
                     Ok(()) => continue,
                     Err(error) => Some(error),
                 },
-                Command::Close => self.close().err(),
+                Ok(Command::Close) => self.close().err(),
+                Err(RecvTimeoutError::Timeout) => match self.line.check_device() {
+                    Ok(()) => continue,
+                    Err(error) => Some(error),
+                },
+                Err(RecvTimeoutError::Disconnected) => return,
             };
             // Counted out and hung up first: whoever hears of the failure may rely on both.
             self.setup.counters.alive.fetch_sub(1, Ordering::AcqRel);
