@@ -28,6 +28,7 @@
 //! nothing of the product depends on it.
 
 pub mod assets;
+mod cache;
 mod certificates;
 mod command;
 pub mod console;

@@ -2,25 +2,27 @@
 //!
 //! The kernel is the one that `linux-image-cloud-amd64` stands for: it starts in about two
 //! seconds under emulation, and its few modules are the ones that a virtual machine needs. It is
-//! downloaded once; the initramfs is made anew for each build of the program.
+//! downloaded once; the initramfs is made anew for each build of the program and for each kernel.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::{Duration, SystemTime};
 
+use super::cache::cached_among;
 use super::command::output;
-use super::debian::{Apt, cache_folder, cached};
+use super::debian::Apt;
 use super::error::{LabError, io};
 use super::guest_params::GuestParams;
 use super::{initramfs, kernel_image};
 
 /// Kernel packages, the fastest to boot first.
 const KERNELS: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-amd64"];
-/// Initramfs files of older builds are kept this long: someone may be booting from them.
-const STALE: Duration = Duration::from_secs(24 * 3600);
+/// Kernels that are kept: one, and one of a worktree that takes other modules.
+const KERNELS_KEPT: usize = 2;
+/// Initramfs files that are kept beside those in use: a few builds, of 20 MB or so each.
+const INITRAMFS_KEPT: usize = 6;
 
 /// The files that a guest boots from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,18 +41,17 @@ impl GuestAssets {
 
     /// Finds or makes them; `program` understands `guest-init`.
     pub fn prepare_for(program: &Path) -> Result<Self, LabError> {
-        let kernel = cached("kernel", fetch_kernel)?;
-        let built = fs::metadata(program).map_err(io("look at", program))?;
-        let mut hasher = DefaultHasher::new();
-        (program, built.len(), built.modified().ok()).hash(&mut hasher);
-        let name = format!("initramfs/{:016x}", hasher.finish());
-        remove_stale(&cache_folder()?.join("initramfs"));
-        let initramfs = cached(&name, |folder| {
+        let key = key_of((KERNELS, initramfs::MODULES));
+        let kernel = cached_among("kernels", &key, KERNELS_KEPT, fetch_kernel)?;
+        // All that goes in: the program, and the modules, which are those of this kernel.
+        let vmlinux = kernel.join("vmlinux");
+        let key = key_of((program, stamp(program)?, &kernel, stamp(&vmlinux)?));
+        let initramfs = cached_among("initramfs", &key, INITRAMFS_KEPT, |folder| {
             let path = folder.join("initramfs.cpio");
             let archive = initramfs::build(program, &kernel.join("modules"))?;
             fs::write(&path, archive).map_err(io("write", &path))
         })?;
-        Ok(Self { kernel: kernel.join("vmlinux"), initramfs: initramfs.join("initramfs.cpio") })
+        Ok(Self { kernel: vmlinux, initramfs: initramfs.join("initramfs.cpio") })
     }
 
     /// The kernel command line for a guest that does `params`. What it switches off costs an
@@ -151,15 +152,14 @@ fn first_entry(folder: &Path, prefix: &str) -> Result<PathBuf, LabError> {
         })
 }
 
-fn remove_stale(folder: &Path) {
-    let Ok(entries) = fs::read_dir(folder) else { return };
-    for entry in entries.flatten() {
-        let age = entry
-            .metadata()
-            .and_then(|m| m.modified())
-            .map(|t| SystemTime::now().duration_since(t));
-        if matches!(age, Ok(Ok(age)) if age > STALE) {
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
+/// What changes when a file is made anew.
+fn stamp(path: &Path) -> Result<impl Hash + use<>, LabError> {
+    let file = fs::metadata(path).map_err(io("look at", path))?;
+    Ok((file.len(), file.modified().ok()))
+}
+
+fn key_of(made_of: impl Hash) -> String {
+    let mut hasher = DefaultHasher::new();
+    made_of.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
 }

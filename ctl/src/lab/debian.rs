@@ -8,49 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nix::fcntl::{Flock, FlockArg};
-
 use super::command::{output, words};
 use super::error::{LabError, io};
-
-/// Where the laboratory keeps what it downloads and builds: `$PAGEFERRY_CACHE`, else
-/// `~/.cache/pageferry`.
-pub fn cache_folder() -> Result<PathBuf, LabError> {
-    let folder = std::env::var_os("PAGEFERRY_CACHE").map_or_else(
-        || {
-            let home = std::env::var_os("HOME").map_or_else(std::env::temp_dir, PathBuf::from);
-            home.join(".cache/pageferry")
-        },
-        PathBuf::from,
-    );
-    fs::create_dir_all(&folder).map_err(io("create", &folder))?;
-    Ok(folder)
-}
-
-/// Fills `cache/name` by `make`, once: it appears whole or not at all, whoever else tries.
-pub(super) fn cached(
-    name: &str,
-    make: impl FnOnce(&Path) -> Result<(), LabError>,
-) -> Result<PathBuf, LabError> {
-    let cache = cache_folder()?;
-    let folder = cache.join(name);
-    if folder.exists() {
-        return Ok(folder);
-    }
-    let lock_path = cache.join("lock");
-    let lock = fs::File::create(&lock_path).map_err(io("create", &lock_path))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, source)| LabError::Call { call: "flock", source })?;
-    if folder.exists() {
-        return Ok(folder);
-    }
-    let parent = folder.parent().unwrap_or(&cache);
-    fs::create_dir_all(parent).map_err(io("create", parent))?;
-    let unfinished = tempfile::tempdir_in(parent).map_err(io("create", parent))?;
-    make(unfinished.path())?;
-    fs::rename(unfinished.path(), &folder).map_err(io("create", &folder))?;
-    Ok(folder)
-}
 
 /// apt, looking at package lists in a folder of ours.
 pub(super) struct Apt {

@@ -12,6 +12,8 @@ pub struct GuestParams {
     pub fill_mib: u64,
     /// Part of it that the writers rewrite, in MiB; the rest is verified over and over.
     pub hot_mib: u64,
+    /// Memory that held noise and is free when the guest is ready, in MiB: what a balloon takes first.
+    pub spare_mib: u64,
     /// Writer threads; they share the hot set between them.
     pub writers: u32,
     /// Pages that all writers together rewrite per second; 0 is as fast as they can.
@@ -45,6 +47,7 @@ impl Default for GuestParams {
         Self {
             fill_mib: 64,
             hot_mib: 16,
+            spare_mib: 0,
             writers: 2,
             pages_per_second: 0,
             stride_words: 1,
@@ -73,11 +76,12 @@ impl GuestParams {
     /// The words for the kernel command line.
     pub fn to_command_line(&self) -> String {
         let mut line = format!(
-            "pf.fill_mib={} pf.hot_mib={} pf.writers={} pf.rate={} pf.stride={} pf.packing={} \
+            "pf.fill_mib={} pf.hot_mib={} pf.spare_mib={} pf.writers={} pf.rate={} pf.stride={} pf.packing={} \
              pf.scattered={} pf.tick_ms={} pf.disk_readers={} pf.disk_request_kib={} pf.disk_keep_mib={} \
              pf.disk_scratch_mib={}",
             self.fill_mib,
             self.hot_mib,
+            self.spare_mib,
             self.writers,
             self.pages_per_second,
             self.stride_words,
@@ -115,6 +119,7 @@ impl GuestParams {
         match name {
             "fill_mib" => self.fill_mib = value.parse().ok()?,
             "hot_mib" => self.hot_mib = value.parse().ok()?,
+            "spare_mib" => self.spare_mib = value.parse().ok()?,
             "writers" => self.writers = value.parse().ok()?,
             "rate" => self.pages_per_second = value.parse().ok()?,
             "stride" => self.stride_words = value.parse().ok().filter(|n| *n > 0)?,
@@ -148,6 +153,7 @@ mod tests {
         let params = GuestParams {
             fill_mib: 2048,
             hot_mib: 256,
+            spare_mib: 512,
             writers: 3,
             pages_per_second: 5000,
             stride_words: 64,

@@ -112,12 +112,17 @@ fn fill(
     counters: &Arc<Counters>,
 ) -> Result<Arc<MemoryLoad>, GuestError> {
     let started = Instant::now();
-    let page_count = (params.fill_mib << 20) as usize / PAGE_BYTES;
-    let store = PageStore::new(page_count, params.stride_words as usize)
-        .packing(params.packing_percent as usize);
-    for page in 0..page_count {
-        store.fill(page);
-    }
+    let filled = |mib: u64| {
+        let page_count = (mib << 20) as usize / PAGE_BYTES;
+        let store = PageStore::new(page_count, params.stride_words as usize)
+            .packing(params.packing_percent as usize);
+        (0..page_count).for_each(|page| store.fill(page));
+        (page_count, store)
+    };
+    // Both are there at once, so that nothing of the one lies where the other was.
+    let spare = filled(params.spare_mib);
+    let (page_count, store) = filled(params.fill_mib);
+    drop(spare);
     let memory = MemoryLoad::new(params, store, Arc::clone(console), Arc::clone(counters));
     console.say(&format!(
         "ready pages={page_count} hot={} fill_ms={} uptime_ms={}",

@@ -15,7 +15,7 @@ use super::kernel_image::filter;
 /// Where the program stands in the guest; `rdinit=` names it.
 pub(super) const PROGRAM: &str = "/pageferry";
 /// Modules that a guest needs beside those that they depend on.
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "virtio_net"];
+pub(super) const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon"];
 
 const FILE: u32 = 0o100_755;
 const FOLDER: u32 = 0o040_755;

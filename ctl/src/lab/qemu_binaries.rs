@@ -7,8 +7,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::cache::cached;
 use super::command::output;
-use super::debian::{Apt, cached, codename};
+use super::debian::{Apt, codename};
 use super::error::LabError;
 use crate::qmp::Version;
 
