@@ -16,6 +16,16 @@ pub const BATCH_EXTENTS_MAX: usize = 255;
 /// cost system calls (measured on loopback: 1 MiB is the plateau).
 pub const BATCH_BYTES_MAX: u64 = 1 << 20;
 
+/// What is counted at once to find holes in it: a huge page, whose holes are sought one by one.
+pub const HOLE_PIECE_BYTES: u64 = 2 << 20;
+
+/// A look for holes may take this share, in percent, of the time since the one before: it is the driver
+/// that looks, while the lanes stand still.
+pub const HOLE_LOOK_PERCENT: u32 = 5;
+
+/// A look that takes no longer is made in any case, in the pause too, which takes ten times that.
+pub const HOLE_LOOK_FREE: Duration = Duration::from_millis(2);
+
 /// The longest run that travels as one hole: the largest huge page there is, and within what an entry
 /// can say.
 pub const HOLE_RUN_BYTES_MAX: u64 = 1 << 30;

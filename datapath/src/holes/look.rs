@@ -16,7 +16,7 @@
 //! * It was data at the look and is *punched* before it is read, or after. What is read then is zeros in a
 //!   new page, which is right but for the memory it takes (a window of one batch); what was read before
 //!   is at the target and no longer here. A scan does not report holes, so beside each scan those pages
-//!   are looked for that were sent and are holes now ([`HoleLook::has_fewer`]), and join the round.
+//!   are looked for that were sent and are holes now ([`HoleLook::find_punched`]), and join the round.
 //! * It was a hole at the look and the guest *reads* it: zeros in a new page, and zeros at the target.
 //!
 //! The last scan and its look come when the guest stands still: what is a hole then is one at the target.
@@ -29,16 +29,18 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::unistd::Whence;
 
-use super::within::{is_all_data, seek};
+use super::within::{data_within, is_all_data, seek};
 use super::{HolesError, View, host};
 use crate::bitmap::DirtySet;
 use crate::extent::Extent;
+use crate::limits::{HOLE_LOOK_FREE, HOLE_LOOK_PERCENT};
 use crate::region::{GuestMemory, Region};
 
 /// What memory begins with.
@@ -69,6 +71,24 @@ pub struct HoleLook {
     /// The target takes holes, and lanes tell which it took.
     punches: AtomicBool,
     told: Mutex<Vec<Extent>>,
+    looked: Mutex<Option<Looked>>,
+}
+
+/// The last look at what was sent.
+#[derive(Debug)]
+struct Looked {
+    at: Instant,
+    took: Duration,
+    /// What was there of each region beside what was sent: pages that were only read.
+    other_bytes: Vec<u64>,
+}
+
+impl Looked {
+    /// Whether one more costs little, if it takes as long.
+    fn may_again(&self, now: Instant) -> bool {
+        let since = now.saturating_duration_since(self.at);
+        self.took <= HOLE_LOOK_FREE || self.took * 100 <= since * HOLE_LOOK_PERCENT
+    }
 }
 
 #[derive(Debug)]
@@ -113,6 +133,7 @@ impl HoleLook {
             in_use: AtomicBool::new(false),
             punches: AtomicBool::new(false),
             told: Mutex::default(),
+            looked: Mutex::default(),
         })
     }
 
@@ -142,34 +163,73 @@ impl HoleLook {
         Ok(false)
     }
 
-    /// Whether it is worth looking for holes in what was sent of a region: what is there is not as
-    /// much as that, or may be something else. Where nobody gives memory back, pages that came by
-    /// reads or in huge pages make it more, and mean nothing.
+    /// What of `sent` is a hole now. It is looked for if
+    ///
+    /// * the files are not as large as they have to be, by what was sent and what else was there at the
+    ///   last look (where no holes are expected: smaller than what was sent; pages that came by reads
+    ///   or in huge pages make them larger, and mean nothing); or
+    /// * holes are expected, and a look costs little: as many pages may have come by reads as were
+    ///   punched, which leaves the size as it was.
+    ///
+    /// What is missed so, the next look finds; only what happens in the last moments before the pause,
+    /// to a guest so large that a look takes longer than [`HOLE_LOOK_FREE`], has none.
     ///
     /// # Errors
     /// If the kernel does not tell.
-    pub fn has_fewer(&self, sent: &DirtySet) -> Result<bool, HolesError> {
+    pub fn find_punched(
+        &self,
+        memory: &GuestMemory,
+        sent: &DirtySet,
+        now: Instant,
+    ) -> Result<DirtySet, HolesError> {
+        let mut punched = sent.empty_like();
         if !self.in_use.load(Ordering::Relaxed) {
-            return Ok(false);
+            return Ok(punched);
         }
+        let sizes = self.sizes(sent)?;
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
         let expected = self.expected.load(Ordering::Relaxed);
-        for RegionLook { region, how } in &self.regions {
-            if matches!(how, How::Blind) {
-                continue;
-            }
-            let sent = sent.get(region.index());
-            let sent_bytes = sent.map_or(0, |sent| sent.count() * sent.page_bytes());
-            let allocated = allocated_bytes(region)?;
-            let differs = allocated < sent_bytes || (expected && allocated > sent_bytes);
-            if differs && allocated < region.len() {
-                return Ok(true);
-            }
+        let worth_it = sizes.iter().enumerate().any(|(index, &(allocated, sent_bytes))| {
+            let others = looked.as_ref().map_or(0, |looked| looked.other_bytes[index]);
+            let wrong_size = match expected {
+                true => allocated != sent_bytes + others,
+                false => allocated < sent_bytes,
+            };
+            let has_holes = allocated < self.regions[index].region.len();
+            has_holes
+                && (wrong_size || expected && looked.as_ref().is_none_or(|it| it.may_again(now)))
+        });
+        if !worth_it {
+            return Ok(punched);
         }
-        Ok(false)
+        let begun = Instant::now();
+        let data = data_within(memory, sent)?;
+        punched = sent.clone();
+        punched.subtract(&data);
+        if !punched.is_empty() {
+            self.expect_more();
+        }
+        let others = sizes.iter().zip(data.bitmaps());
+        let other_bytes =
+            others.map(|(&(allocated, _), data)| allocated.saturating_sub(data.bytes())).collect();
+        *looked = Some(Looked { at: now, took: begun.elapsed(), other_bytes });
+        Ok(punched)
+    }
+
+    /// What is there of each region, and what of it was sent; nothing where nobody can tell holes.
+    fn sizes(&self, sent: &DirtySet) -> Result<Vec<(u64, u64)>, HolesError> {
+        let sizes =
+            self.regions.iter().zip(sent.bitmaps()).map(|(RegionLook { region, how }, sent)| {
+                Ok(match how {
+                    How::Blind => (region.len(), region.len()),
+                    _ => (allocated_bytes(region)?, sent.bytes()),
+                })
+            });
+        sizes.collect()
     }
 
     /// A hole was found in what was sent: there may be more.
-    pub fn expect_more(&self) {
+    fn expect_more(&self) {
         self.expected.store(true, Ordering::Relaxed);
     }
 
@@ -358,25 +418,127 @@ mod tests {
         assert_eq!(allocated_bytes(&memory.regions()[0]).unwrap(), HUGE);
     }
 
+    /// Memory of 64 pages, of which the first 60 were sent; the others are holes.
+    fn sent_but_for_the_end(page_bytes: u64, expected: bool) -> (GuestMemory, DirtySet, HoleLook) {
+        let memory = memory(64, page_bytes);
+        memory.regions()[0].punch(60 * page_bytes, 4 * page_bytes).unwrap();
+        let mut sent = DirtySet::for_memory(&memory);
+        sent.set_extent(extent(0, 60 * page_bytes)).unwrap();
+        let look = HoleLook::new(&memory, expected).unwrap();
+        (memory, sent, look)
+    }
+
     #[test]
     fn what_was_sent_and_is_gone_is_noticed_by_its_size() {
-        let memory = memory(64, 4096);
-        let mut sent = DirtySet::for_memory(&memory);
-        sent.set_extent(extent(0, 64 * 4096)).unwrap();
-        let look = HoleLook::new(&memory, false).unwrap();
+        let (memory, mut sent, look) = sent_but_for_the_end(4096, false);
+        let found = |sent: &DirtySet| {
+            look.find_punched(&memory, sent, Instant::now()).unwrap().to_extents()
+        };
         memory.regions()[0].punch(4096, 4096).unwrap();
-        assert!(!look.has_fewer(&sent).unwrap(), "no lane looks");
+        assert_eq!(found(&sent), [], "no lane looks");
         look.take_into_use(true);
-        assert!(look.has_fewer(&sent).unwrap());
+        assert_eq!(found(&sent), [extent(4096, 4096)]);
         sent.clear_extent(extent(4096, 4096)).unwrap();
-        assert!(!look.has_fewer(&sent).unwrap());
-        // More than was sent means something only where memory may be given back.
-        sent.clear_extent(extent(0, 4096)).unwrap();
-        assert!(!look.has_fewer(&sent).unwrap());
-        look.expect_more();
-        assert!(look.has_fewer(&sent).unwrap());
+        assert_eq!(found(&sent), []);
         look.tell(&mut vec![extent(0, 4096)]);
         assert_eq!(look.take_told(), [extent(0, 4096)]);
         assert!(look.take_told().is_empty());
+    }
+
+    #[test]
+    fn where_nobody_gives_back_a_size_that_fits_is_not_looked_into() {
+        let (memory, sent, look) = sent_but_for_the_end(4096, false);
+        look.take_into_use(true);
+        // More than was sent means nothing there either.
+        memory.regions()[0].lease(61 * 4096, 4096).unwrap().touch(0).unwrap();
+        assert!(look.find_punched(&memory, &sent, Instant::now()).unwrap().is_empty());
+        assert!(look.looked.lock().unwrap().is_none());
+    }
+
+    fn as_much_punched_as_read(page_bytes: u64) {
+        let (memory, mut sent, look) = sent_but_for_the_end(page_bytes, true);
+        look.take_into_use(true);
+        let region = &memory.regions()[0];
+        let swap = |gone: u64, read: u64| {
+            let before = allocated_bytes(region).unwrap();
+            region.punch(gone * page_bytes, page_bytes).unwrap();
+            region.lease(read * page_bytes, page_bytes).unwrap().touch(0).unwrap();
+            assert_eq!(allocated_bytes(region).unwrap(), before);
+        };
+        let begun = Instant::now();
+        // What is found is told to the target, and no longer among what was sent.
+        let mut found = |now| {
+            let found = look.find_punched(&memory, &sent, now).unwrap();
+            sent.subtract(&found);
+            found.to_extents()
+        };
+        assert_eq!(found(begun), []);
+        swap(7, 60);
+        let slow = Duration::from_millis(100);
+        let takes = |time| look.looked.lock().unwrap().as_mut().unwrap().took = time;
+        takes(Duration::ZERO);
+        let page = |index: u64| [extent(index * page_bytes, page_bytes)];
+        assert_eq!(found(begun), page(7), "so small a guest is always looked at");
+        // A large one is looked at when that is no great part of the time, ...
+        takes(slow);
+        swap(9, 61);
+        assert_eq!(found(begun + slow * 19), []);
+        assert_eq!(found(begun + slow * 20), page(9));
+        // ... and at once when the size is another one.
+        takes(slow);
+        region.punch(11 * page_bytes, page_bytes).unwrap();
+        assert_eq!(found(begun + slow * 21), page(11));
+        assert_eq!(look.looked.lock().unwrap().as_ref().unwrap().other_bytes, [2 * page_bytes]);
+    }
+
+    #[test]
+    fn as_much_punched_as_read_is_noticed_on_tmpfs() {
+        as_much_punched_as_read(4096);
+    }
+
+    #[test]
+    fn as_much_punched_as_read_is_noticed_on_hugetlbfs() {
+        let Some(_pages) = HugePages::reserve(HUGE, 64) else { return };
+        as_much_punched_as_read(HUGE);
+    }
+
+    /// What a look at all of a GiB costs; nothing is asserted, so it runs when asked for.
+    #[test]
+    #[ignore = "prints figures"]
+    fn what_a_look_costs() {
+        let gib = 1 << 30;
+        let print = |what: &str, memory: &GuestMemory, sent: &DirtySet| {
+            let mut times: Vec<_> = (0..9)
+                .map(|_| {
+                    let begun = std::time::Instant::now();
+                    let data = crate::holes::data_within(memory, sent).unwrap();
+                    (begun.elapsed(), data.count())
+                })
+                .collect();
+            times.sort();
+            println!("{what}: {:?} (least {:?}, most {:?})", times[4], times[0].0, times[8].0);
+        };
+        let full = |memory: &GuestMemory| {
+            let mut sent = DirtySet::for_memory(memory);
+            sent.set_extent(extent(0, gib)).unwrap();
+            sent
+        };
+        let small = memory(gib / 4096, 4096);
+        print("tmpfs, all there", &small, &full(&small));
+        let region = &small.regions()[0];
+        let hole = |at: u64, bytes: u64| region.punch(at, bytes).unwrap();
+        (0..64).for_each(|n| hole(n * (16 << 20), 1 << 20));
+        print("tmpfs, 64 holes of 1 MiB in what was sent", &small, &full(&small));
+        (0..gib / 65536).for_each(|n| hole(n * 65536, 4096));
+        print("tmpfs, each 16th page a hole in what was sent", &small, &full(&small));
+        let left = crate::holes::data_within(&small, &full(&small)).unwrap();
+        print("tmpfs, each 16th page a hole, not sent", &small, &left);
+        let Some(_pages) = HugePages::reserve(HUGE, 512) else { return };
+        let huge = memory(512, HUGE);
+        print("hugetlbfs, all there", &huge, &full(&huge));
+        huge.regions()[0].punch(HUGE, HUGE).unwrap();
+        print("hugetlbfs, one hole", &huge, &full(&huge));
+        (0..256).for_each(|n| huge.regions()[0].punch(2 * n * HUGE, HUGE).unwrap());
+        print("hugetlbfs, each second page a hole", &huge, &full(&huge));
     }
 }

@@ -1,7 +1,7 @@
 //! The guest's memory at the source: mapped, tracked, scanned.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry_datapath::bitmap::DirtySet;
 use pageferry_datapath::holes::{self, HoleLook, HolesError};
@@ -103,16 +103,12 @@ impl Tracking {
     fn find_punched(&mut self, found: &mut DirtySet) -> Result<(), HolesError> {
         let sent = self.sent.as_mut().expect("set with the tracker");
         let Some(look) = &self.look else { return Ok(()) };
-        if look.has_fewer(sent)? {
-            let mut punched = sent.clone();
-            punched.subtract(&holes::data_within(&self.memory, sent)?);
-            if !punched.is_empty() {
-                look.expect_more();
-                found.union_with(&punched);
-                if !look.is_told() {
-                    // It gets zeros, in parts; nobody says when that is all of a page.
-                    sent.subtract(&punched);
-                }
+        let punched = look.find_punched(&self.memory, sent, Instant::now())?;
+        if !punched.is_empty() {
+            found.union_with(&punched);
+            if !look.is_told() {
+                // It gets zeros, in parts; nobody says when that is all of a page.
+                sent.subtract(&punched);
             }
         }
         Ok(())
