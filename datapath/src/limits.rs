@@ -61,6 +61,15 @@ pub const PAGE_BYTES: u64 = 4096;
 /// (20 ms at the slowest first touch seen).
 pub const POPULATE_STEP_BYTES: u64 = 8 << 20;
 
+/// What a thread that gives way to the guest moves in a second at least, or it gives way less: a
+/// seventh of 1 GbE, a minute for each GiB. A tenth of a core does that on slow machines, so below it
+/// the guest would gain little more, and the migration never end.
+pub const GIVES_WAY_BYTES_MIN: u64 = 16 << 20;
+
+/// How often it looks at that: many turns of the scheduler, and three of these are all it takes to come
+/// back wholly.
+pub const GIVES_WAY_LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// Memory for the tags of huge pages that were sent: 256 GiB of guest, a 256th of it. What is beyond
 /// is sent whole.
 pub const NARROW_TABLE_BYTES_MAX: u64 = 1 << 30;

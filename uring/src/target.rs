@@ -209,8 +209,11 @@ impl Receiver {
                 return Ended::Failed(error);
             }
             // From here on every byte of the batch before this header is in guest memory.
-            if let Err(source) = self.note_placed() {
-                return Ended::Failed(LaneError::OutsideMemory { lane: self.lane, source });
+            match self.note_placed() {
+                Ok(bytes) => self.gives_way.moved(bytes),
+                Err(source) => {
+                    return Ended::Failed(LaneError::OutsideMemory { lane: self.lane, source });
+                }
             }
             let frame = self.reader.frame(parcel.header(), &mut self.extents);
             parcel.clear(Order::HeaderLast);
@@ -254,14 +257,17 @@ impl Receiver {
         Ok(())
     }
 
-    fn note_placed(&mut self) -> Result<(), RegionError> {
+    /// How many bytes that are.
+    fn note_placed(&mut self) -> Result<u64, RegionError> {
         let mut placed = self.placed.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let Sorted { data, zero, hole, packed, .. } = &mut self.extents;
         let zeros = zero.drain(..).chain(hole.drain(..));
+        let mut bytes = 0;
         for extent in data.drain(..).chain(zeros).chain(packed.drain(..)) {
             placed.extent(extent)?;
+            bytes += extent.len;
         }
-        Ok(())
+        Ok(bytes)
     }
 
     /// Unpacks what came in chunks, if anything did.

@@ -139,10 +139,11 @@ impl Worker {
             self.make_batch(work, bytes)?;
             let bytes = self.send_batch(codec)?;
             record(&mut self.tally.batch_ns, start);
-            let zero_bytes = self.sorted.zero_bytes();
+            let (zero_bytes, hole_bytes) = (self.sorted.zero_bytes(), self.sorted.hole_bytes());
             self.tally.moved_bytes += bytes;
             self.tally.zero_bytes += zero_bytes;
-            self.tally.hole_bytes += self.sorted.hole_bytes();
+            self.tally.hole_bytes += hole_bytes;
+            self.gives_way.moved(bytes + zero_bytes + hole_bytes);
             self.setup.counters.moved_bytes.fetch_add(bytes, Ordering::Relaxed);
             self.setup.counters.zero_bytes.fetch_add(zero_bytes, Ordering::Relaxed);
         }
