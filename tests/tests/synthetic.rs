@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use crossbeam_channel::{RecvTimeoutError, never};
+use crossbeam_channel::never;
 use pageferry_ctl::agent::monitor::TargetMonitor;
 use pageferry_ctl::agent::source::Watch;
 use pageferry_ctl::cli::{self, Cli, MigrateArgs, TargetArgs};
@@ -105,7 +105,7 @@ impl Moved {
             summary["transport"].as_str().is_some_and(|it| it.starts_with(transport)),
             "{summary:#}"
         );
-        assert_eq!(self.bad_at_source, 0);
+        assert_eq!(self.bad_at_source, 0, "pages hold what they should not");
     }
 }
 
@@ -570,10 +570,15 @@ fn rdma_over_a_wire_that_loses_or_delays_no_byte_is_wrong() {
 }
 
 /// Cuts something half-way through a round, as the round itself tells, and has it back some seconds
-/// later. The guest is whole afterwards, wherever it runs.
-fn cut(name: &str, port: u16, cut: impl Fn(&str) + 'static, back: impl Fn(&str) + Send + 'static) {
-    let Some(scene) = Scene::rdma(name, port) else { return };
-    let Some(wire) = Wire::of(name) else { return };
+/// later. The guest is whole afterwards, wherever it runs; the source's report, if there is a wire.
+fn cut(
+    name: &str,
+    port: u16,
+    cut: impl Fn(&str) + 'static,
+    back: impl Fn(&str) + Send + 'static,
+) -> Option<Value> {
+    let scene = Scene::rdma(name, port)?;
+    let wire = Wire::of(name)?;
     // So that there is a half-way.
     Wire::spoil(&wire.0, "rate 50mbit limit 300");
     let netdev = wire.0.clone();
@@ -597,6 +602,7 @@ fn cut(name: &str, port: u16, cut: impl Fn(&str) + 'static, back: impl Fn(&str) 
     if let Some(mender) = mender.lock().expect("once").take() {
         mender.join().expect("mended");
     }
+    let summary = moved.summary().clone();
     match moved.exit {
         Exit::Done => {
             moved.assert_migrated("");
@@ -604,11 +610,12 @@ fn cut(name: &str, port: u16, cut: impl Fn(&str) + 'static, back: impl Fn(&str) 
         }
         // Then it runs at the source, which was looked at there.
         exit => {
-            println!("ended: {:#}", moved.summary()["reason"]);
+            println!("ended: {:#}", summary["reason"]);
             assert_eq!(exit, Exit::RunningAtSource, "{:#}", moved.summary());
             assert!(moved.arrived.is_none());
         }
     }
+    Some(summary)
 }
 
 #[test]
@@ -628,7 +635,7 @@ fn lose_the_device(name: &str, port: u16, variable: &str) {
         return skip(name, "needs an RDMA device (make test-rdma)");
     };
     let (removed, when) = crossbeam_channel::bounded(1);
-    cut(
+    let summary = cut(
         name,
         port,
         move |_| {
@@ -636,14 +643,24 @@ fn lose_the_device(name: &str, port: u16, variable: &str) {
             thread::spawn(move || {
                 let status = Command::new("rdma").args(["link", "delete", &device]).status();
                 println!("rdma link delete {device}: {status:?}");
-                let _nobody_waits_after_a_panic = removed.send(());
+                let is_gone = status.is_ok_and(|status| status.success());
+                let _nobody_waits_after_a_panic = removed.send(is_gone);
             });
         },
         |netdev| Wire::spoil(netdev, "rate 400mbit"),
     );
-    // Without a device or a wire to spoil, which was said, nobody sends.
-    let waited = when.recv_timeout(SOON);
-    assert_ne!(waited, Err(RecvTimeoutError::Timeout), "the device was not let go of");
+    let Some(summary) = summary else { return }; // Said: no device, or no wire to spoil.
+    let is_gone = when.recv_timeout(SOON).expect("the device was let go of");
+    assert!(is_gone, "the device was not removed");
+    match summary["outcome"] == "migrated" {
+        true => {
+            let (path, why) = (&summary["transport"], &summary["transport_reason"]);
+            let is_over_tcp = path.as_str().is_some_and(|path| path.starts_with("tcp"));
+            let was_lost = why.as_str().is_some_and(|why| why.contains("RDMA was lost"));
+            assert!(is_over_tcp && was_lost, "{summary:#}");
+        }
+        false => assert!(!summary["reason"].is_null(), "{summary:#}"),
+    }
 }
 
 /// To be run last, as the next two: none leaves a device that works. (`lanes-in-guest` knows them by
