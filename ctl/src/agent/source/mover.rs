@@ -26,7 +26,7 @@ use super::super::rdma;
 use crate::limits;
 use crate::report::events::{RailDetail, RssDetail};
 
-/// A lane that broke says no more than its errno.
+/// For a lane that broke and says no more than its errno.
 const LANE_HINT: &str = "look at the target agent's output, and at the link";
 
 /// Where lanes lead to, and what they lease.
@@ -267,7 +267,7 @@ impl Mover {
         );
         let (lanes, picked) = opened.map_err(|error| {
             self.rails.blame(usize::from(error.lane().0));
-            failure::host("lanes", &error, None)
+            failure::lane("lanes", &error, None)
         })?;
         self.lanes = Some(lanes);
         self.picked = Some(picked);
@@ -362,7 +362,7 @@ impl Mover {
             }
             LaneEvent::Failed { lane, error, .. } => {
                 self.blame(lane);
-                return Said::Lost(failure::host("moving memory", &error, Some(LANE_HINT.into())));
+                return Said::Lost(failure::lane("moving memory", &error, Some(LANE_HINT)));
             }
             LaneEvent::Closed { .. } => Input::Tick,
         })
@@ -442,8 +442,7 @@ impl Mover {
         self.renewed += 1;
         tracing::warn!(reason = %lost.failure.text, "carrying on with new lanes");
         if was == Some(LanePath::Rdma) && self.path != was {
-            let why = format!("carried on over TCP after RDMA was lost: {}", lost.failure.text);
-            self.path_reason = Some(why);
+            self.path_reason = Some(failure::carried_on(&lost.failure));
         }
         let Some((round, mut pages)) = self.moving.take() else { return Ok(None) };
         if new.round_placed {

@@ -137,11 +137,11 @@ impl Intake {
             }
             LaneEvent::Failed { error, .. } => {
                 let misbehaved = matches!(error, LaneError::PeerMisbehaved { .. });
-                let failure = failure::host("taking memory in", &error, None);
+                let failure = failure::lane("taking memory in", &error, None);
                 if misbehaved {
                     return Input::Failed(failure);
                 }
-                tracing::warn!(reason = %failure.text, "a lane is gone");
+                tracing::warn!(reason = %failure.text, hint = failure.hint, "a lane is gone");
                 self.failed.get_or_insert((Instant::now(), failure));
                 Input::Tick
             }
