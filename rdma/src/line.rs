@@ -148,9 +148,11 @@ impl Line {
             if left.is_zero() {
                 return Ok(false);
             }
-            self.sleep(left)?;
+            let arrived = self.sleep(left)?;
             self.stop.check()?;
-            if self.collect()? {
+            // What arrived before the connection's end is for the caller: behind it nothing comes but
+            // what was flushed.
+            if arrived || self.collect()? {
                 self.spin.waited(start.elapsed());
                 return Ok(true);
             }
@@ -166,6 +168,9 @@ impl Line {
     /// For a line that nobody waits on: fails when its device is being removed, which waits for it.
     /// What else has happened is for the next wait.
     pub(crate) fn check_device(&mut self) -> Result<(), RdmaError> {
+        if self.unseen.iter().any(|event| event.kind == CmEventKind::DeviceRemoval) {
+            return Err(RdmaError::DeviceRemoved); // Noted when it was looked at first.
+        }
         while let Some(event) = self.qp.connection_event()? {
             if event.kind == CmEventKind::DeviceRemoval {
                 return Err(self.end_of(&event).expect("it ends connections"));
@@ -175,7 +180,8 @@ impl Line {
         Ok(())
     }
 
-    fn sleep(&mut self, limit: Duration) -> Result<(), RdmaError> {
+    /// Sleeps until something happens, for at most this long; whether it took what has completed.
+    fn sleep(&mut self, limit: Duration) -> Result<bool, RdmaError> {
         self.sleeps += 1;
         // Rounded up: a wait of less than a millisecond must not become a loop.
         let limit = limit.as_millis().saturating_add(1).min(i32::MAX as u128) as i32;
@@ -200,26 +206,30 @@ impl Line {
         if completed {
             self.qp.take_completion_event();
         }
-        if happened {
-            self.events()?;
+        match happened {
+            true => self.events(),
+            false => Ok(false),
         }
-        Ok(())
     }
 
-    /// Takes the connection's events; one that ends it is an error, after what came before it.
-    fn events(&mut self) -> Result<(), RdmaError> {
+    /// Takes the connection's events; one that ends it is an error, after what came before it:
+    /// whether something did, in which case the event stays for the next to ask why it ended.
+    fn events(&mut self) -> Result<bool, RdmaError> {
         while let Some(event) = self.next_event()? {
             if let Some(error) = self.end_of(&event) {
                 // What had arrived before it counts: a close, an acknowledgement.
                 return match self.collect() {
-                    Ok(true) if !self.messages.is_empty() => Ok(()),
+                    Ok(true) if !self.messages.is_empty() => {
+                        self.unseen.push_front(event);
+                        Ok(true)
+                    }
                     // A request that ended badly by itself says more than that the peer is gone.
                     Err(cause @ RdmaError::Completion { .. }) => Err(cause),
                     _ => Err(self.cause(error)),
                 };
             }
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Takes what has completed; whether anything has.
