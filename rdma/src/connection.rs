@@ -70,7 +70,7 @@ pub(crate) fn dial(
                 None => RdmaError::Rejected { status: event.status },
             });
         }
-        _ => return Err(unexpected(&event)),
+        _ => return Err(ended_early(&qp, &event)),
     };
     let registered = memory.registered(&domain, Some(accept.slice_bytes))?;
     let mut line = Line::new(qp, mailbox, Arc::clone(stop));
@@ -225,7 +225,7 @@ impl ArrivingLane {
         qp.accept(terms, &accept.encode())?;
         let event = wait_event(&qp.connection_fd(), deadline, stop, || qp.connection_event())?;
         if event.kind != CmEventKind::Established {
-            return Err(unexpected(&event));
+            return Err(ended_early(&qp, &event));
         }
         let line = Line::new(qp, mailbox, Arc::clone(stop));
         Ok(Dialled { line, registered, device: context.limits().name.clone() })
@@ -317,6 +317,15 @@ pub(crate) fn unexpected(event: &CmEvent) -> RdmaError {
         CmEventKind::DeviceRemoval => RdmaError::DeviceRemoved,
         kind => RdmaError::Event { event: kind, status: event.status },
     }
+}
+
+/// The same of a connection that was not established yet. A removed device is noted: its other users
+/// here let go of it, for which its removal waits.
+fn ended_early(qp: &QueuePair, event: &CmEvent) -> RdmaError {
+    if event.kind == CmEventKind::DeviceRemoval {
+        qp.note_removed();
+    }
+    unexpected(event)
 }
 
 fn errno_of(status: i32) -> std::io::Error {
