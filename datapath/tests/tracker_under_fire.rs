@@ -293,7 +293,7 @@ fn misses_nothing(backing: impl Fn() -> Backing, uid: Option<u32>, privilege: Uf
             let digest =
                 |memory| MemoryDigest::of_memory(memory, 2, &AtomicBool::new(false)).unwrap();
             let differs = digest(&guest.memory).first_difference(&digest(&guest.shadow));
-            assert_eq!(differs, None, "{phases:?}, check {check}");
+            assert_eq!(differs, None, "the copies differ at it: {phases:?}, check {check}");
             guest.go_on();
         }
         assert!(reported > 0);

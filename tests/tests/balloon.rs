@@ -89,6 +89,7 @@ fn what_a_balloon_takes_on_the_way_is_a_hole_at_the_target() -> Outcome {
     // The balloon has come along, and gives the guest its memory again.
     inflate_to(&scene.guest, scene.spec.memory_mib)?;
     scene.assert_goes_on()?;
-    assert_eq!(scene.guest.console().verify(SOON)?.bad, 0);
+    let bad = scene.guest.console().verify(SOON)?.bad;
+    assert_eq!(bad, 0, "the guest found bad memory");
     Ok(())
 }

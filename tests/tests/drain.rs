@@ -151,7 +151,7 @@ fn assert_goes_on(qemu: &Qemu) -> Outcome {
     let more = |tick: &pageferry_ctl::lab::Tick| tick.n >= before.n + 2;
     qemu.console().wait_tick_where("two more ticks", SOON, more)?;
     let began = Instant::now();
-    assert_eq!(qemu.console().verify(SOON)?.bad, 0);
+    assert_eq!(qemu.console().verify(SOON)?.bad, 0, "the guest found bad memory");
     println!("verified in {:.1} s", began.elapsed().as_secs_f64());
     Ok(())
 }

@@ -97,7 +97,7 @@ fn kvm_scans_of_one_and_of_two_phases_lose_no_page_and_are_compared() -> Outcome
         scene.away = !scene.away;
         scene.assert_goes_on()?;
         let verified = scene.guest.console().verify(SOON)?;
-        assert_eq!(verified.bad, 0);
+        assert_eq!(verified.bad, 0, "the guest found bad memory");
     }
     Ok(())
 }

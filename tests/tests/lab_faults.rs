@@ -60,7 +60,7 @@ fn memory_that_fell_back_is_found() -> Outcome {
     let busy = |tick: &pageferry_ctl::lab::Tick| tick.disk_reads > 300 && tick.disk_writes > 10;
     guest.console().wait_tick_where("some disk reads", SOON, busy)?;
     let clean = guest.console().verify(SOON)?;
-    assert_eq!((clean.bad, clean.disk_bad), (0, 0));
+    assert_eq!((clean.bad, clean.disk_bad), (0, 0), "the guest found bad memory");
     assert!(clean.slots > 200, "{clean:?}");
 
     let qmp = Qmp::connect(guest.qmp())?;
@@ -127,7 +127,7 @@ fn a_slow_disk_keeps_requests_in_flight() -> Outcome {
             fast.disk_reads, fast.n
         );
         assert!(reads > 0 && rate < 1.5 * BYTES_PER_SECOND as f64, "{aio}: {rate} B/s");
-        assert_eq!((last.bad, last.disk_bad), (0, 0));
+        assert_eq!((last.bad, last.disk_bad), (0, 0), "the guest found bad memory");
         drop(slow);
         let n = last.disk_reads + 200;
         guest.console().wait_tick_where("a fast disk again", SOON, |tick| tick.disk_reads > n)?;

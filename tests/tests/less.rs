@@ -67,6 +67,6 @@ fn a_guest_moves_compressed_and_held_to_a_rate() -> Outcome {
     (scene.guest, scene.away) = (waiting, !scene.away);
     scene.assert_goes_on()?;
     let verified = scene.guest.console().verify(SOON)?;
-    assert_eq!((verified.bad, verified.disk_bad), (0, 0));
+    assert_eq!((verified.bad, verified.disk_bad), (0, 0), "the guest found bad memory");
     Ok(())
 }

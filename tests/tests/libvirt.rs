@@ -94,6 +94,6 @@ fn assert_goes_on(domain: &Domain) -> Outcome {
     let before = domain.console.wait_tick(SOON)?;
     let more = |tick: &Tick| tick.n >= before.n + 2;
     domain.console.wait_tick_where("two more ticks", SOON, more)?;
-    assert_eq!(domain.console.verify(SOON)?.bad, 0);
+    assert_eq!(domain.console.verify(SOON)?.bad, 0, "the guest found bad memory");
     Ok(())
 }

@@ -56,7 +56,7 @@ fn move_live(mut spec: QemuSpec, hops: u32, workplace: &std::sync::Arc<Workplace
         before = tick;
     }
     let verified = scene.guest.console().verify(SOON)?;
-    assert_eq!((verified.bad, verified.disk_bad), (0, 0));
+    assert_eq!((verified.bad, verified.disk_bad), (0, 0), "the guest found bad memory");
     let pings = pinger.stop();
     println!("pings: {pings:?}");
     // A ping that comes in while the guest stands still may be lost with its tap's queue.

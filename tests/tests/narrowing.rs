@@ -89,6 +89,6 @@ fn a_guest_that_writes_a_little_of_each_huge_page_converges_and_survives_a_cut()
     scene.moved_to(waiting);
     scene.assert_goes_on()?;
     let verified = scene.guest.console().verify(SOON)?;
-    assert_eq!(verified.bad, 0);
+    assert_eq!(verified.bad, 0, "the guest found bad memory");
     Ok(())
 }

@@ -101,7 +101,7 @@ fn lanes_that_nobody_reads_from_end_a_migration_in_time() {
             thread::sleep(Duration::from_millis(10));
         }
         guest.pause();
-        assert_eq!((guest.bad(), guest.verify()), (0, 0));
+        assert_eq!((guest.bad(), guest.verify()), (0, 0), "pages hold what they should not");
         target.join().expect("it does nothing");
     }
 }
