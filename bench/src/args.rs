@@ -54,7 +54,8 @@ pub(crate) enum Command {
     /// where there is an RDMA device and a kernel from 6.7 on; `rdma-vm` gives both.
     RdmaVsQemu(RdmaVsQemuArgs),
     /// What became of each series from one JSON of results to another; exit code 1 if any reading
-    /// became worse for sure.
+    /// became worse for sure (which takes two runs at least) or a series has no run any more, 2 if
+    /// they can't be compared.
     Compare(CompareArgs),
     /// Latency of messages over TCP and RDMA, as distributions, beside the tools people trust.
     Latency(LatencyArgs),

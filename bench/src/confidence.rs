@@ -1,6 +1,7 @@
 //! How sure a ratio of two medians is, from few runs of each: a bootstrap over the runs.
 //!
-//! Runs that took turns are drawn together, turn by turn: what slowed the machine slowed both.
+//! Runs that took turns are drawn together, turn by turn: what slowed the machine slowed both. Runs of
+//! different hours are drawn by themselves.
 
 /// Times the runs are drawn anew: the interval's ends are then good to a few percent of its width.
 const DRAWS: usize = 4000;
@@ -15,10 +16,18 @@ pub(crate) struct Estimate {
     pub(crate) high: f64,
 }
 
-/// The ratio of the medians of `a` and `b`; nothing if one is empty or all zero.
+/// The ratio of the medians of `a` and `b`, which took turns; nothing if one is empty or all zero.
 pub(crate) fn ratio_of_medians(a: &[f64], b: &[f64]) -> Option<Estimate> {
+    estimate(a, b, a.len() == b.len())
+}
+
+/// The same of runs that shared no turns.
+pub(crate) fn ratio_apart(a: &[f64], b: &[f64]) -> Option<Estimate> {
+    estimate(a, b, false)
+}
+
+fn estimate(a: &[f64], b: &[f64], together: bool) -> Option<Estimate> {
     let ratio = median(a)? / Some(median(b)?).filter(|m| *m != 0.0)?;
-    let together = a.len() == b.len();
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut drawn: Vec<f64> = (0..DRAWS)
         .filter_map(|_| {
@@ -75,6 +84,13 @@ mod tests {
         assert!((together.low - 2.0).abs() < 1e-9 && (together.high - 2.0).abs() < 1e-9);
         let apart = ratio_of_medians(&twice[..6], &noise).expect("runs");
         assert!(apart.low < 1.9 && apart.high > 2.1, "{apart:?}");
+    }
+
+    #[test]
+    fn runs_of_different_hours_are_not_paired() {
+        let noise = [1.0, 3.0, 2.0, 9.0, 5.0, 4.0, 8.0];
+        let apart = ratio_apart(&noise, &noise).expect("runs");
+        assert!(apart.ratio == 1.0 && apart.low < 0.9 && apart.high > 1.1, "{apart:?}");
     }
 
     #[test]

@@ -114,10 +114,12 @@ pub(crate) enum BenchError {
         what: &'static str,
     },
     /// A comparison that shows a step back.
-    #[error("{count} readings are worse by more than {allowed_percent} %")]
+    #[error("{count} readings are worse by more than {allowed_percent} %, {gone} series are gone")]
     Worse {
         /// How many.
         count: u32,
+        /// Series without a run now.
+        gone: u32,
         /// What is allowed.
         allowed_percent: f64,
     },
@@ -141,6 +143,11 @@ impl BenchError {
             under = error.source();
         }
         text
+    }
+
+    /// As of other tools that compare: 1 is a difference, 2 is that nothing could be told.
+    pub(crate) fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Worse { .. }) { 1 } else { 2 }
     }
 
     /// The command or setting that helps.

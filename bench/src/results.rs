@@ -154,17 +154,19 @@ impl Results {
         parts.join("\n")
     }
 
-    /// Series that this and `other` have both, part by part: (of this, of the other).
-    pub(crate) fn in_common<'a>(&'a self, other: &'a Self) -> Vec<(&'a Series, &'a Series)> {
-        let pair = |one: &'a Series| {
+    /// Each series of this, part by part, with `other`'s of the same name.
+    pub(crate) fn beside<'a>(&'a self, other: &'a Self) -> Vec<(&'a Series, Option<&'a Series>)> {
+        let in_other = |one: &Series| {
             let is_same =
                 |two: &&Series| two.group == one.group && two.by == one.by && two.kind == one.kind;
-            Some((one, other.series.iter().find(is_same)?))
+            other.series.iter().find(is_same)
         };
-        let mut pairs: Vec<_> = self.series.iter().filter_map(pair).collect();
+        let mut pairs: Vec<_> = self.series.iter().map(|one| (one, in_other(one))).collect();
         for part in &self.parts {
-            let same = other.parts.iter().find(|of_other| of_other.title() == part.title());
-            pairs.extend(same.into_iter().flat_map(|of_other| part.in_common(of_other)));
+            match other.parts.iter().find(|of_other| of_other.title() == part.title()) {
+                Some(same) => pairs.extend(part.beside(same)),
+                None => pairs.extend(part.series.iter().map(|one| (one, None))),
+            }
         }
         pairs
     }
