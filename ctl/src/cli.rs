@@ -14,6 +14,7 @@ use crate::agent::admin::Limit;
 use crate::agent::compress::Compress;
 use crate::agent::record::STATE_DIR;
 use crate::agent::recovery::WAIT_S;
+use crate::agent::shares::Weight;
 use crate::bandwidth::Bandwidth;
 use crate::drain::DrainArgs;
 use crate::limits;
@@ -107,8 +108,12 @@ pub struct SetArgs {
     #[arg(default_value = "")]
     pub session: String,
     /// What all its lanes together may send from now on: bits a second, as 500M or 2.5G, or `none`.
-    #[arg(long, value_name = "RATE")]
-    pub max_bandwidth: Limit,
+    #[arg(long, value_name = "RATE", required_unless_present = "weight")]
+    pub max_bandwidth: Option<Limit>,
+    /// Its weight, from now on, among the migrations that share its bandwidth (`migrate
+    /// --bandwidth-group`, `drain`): 1 to 1000.
+    #[arg(long, value_name = "N")]
+    pub weight: Option<Weight>,
     /// Where the agent has its socket. Default: /run/pageferry (root), or $XDG_RUNTIME_DIR/pageferry.
     #[arg(long, value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,

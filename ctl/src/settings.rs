@@ -9,7 +9,7 @@ use crate::report::exit::Exit;
 /// Runs the subcommand.
 pub fn run(args: &SetArgs) -> Exit {
     let dir = args.runtime_dir.clone().unwrap_or_else(admin::runtime_dir);
-    let settings = Settings { max_bandwidth: Some(args.max_bandwidth) };
+    let settings = Settings { max_bandwidth: args.max_bandwidth, weight: args.weight };
     match admin::ask(&dir, &args.session, &Request::Set(settings)) {
         Ok(status) => {
             println!("{status}");

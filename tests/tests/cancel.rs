@@ -133,7 +133,7 @@ fn one_session_of_a_target_is_cancelled_and_the_others_go_on() {
     assert_eq!(first.join().expect("no panic"), Exit::RunningAtSource);
 
     assert!(!second.is_finished());
-    let lifted = Request::Set(Settings { max_bandwidth: Some(Limit(None)) });
+    let lifted = Request::Set(Settings { max_bandwidth: Some(Limit(None)), ..Settings::default() });
     admin::ask(run, &goes_on.to_string(), &lifted).expect("it is on its way");
     assert_eq!(second.join().expect("no panic"), Exit::Done);
     stop.send(()).expect("the target listens");

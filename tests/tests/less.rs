@@ -57,7 +57,7 @@ fn a_guest_moves_compressed_and_held_to_a_rate() -> Outcome {
     let (source, target) = scene.agents(&waiting, &[&always[..], &tight].concat())?;
     source.wait_text("\"event\":\"start\"", SOON)?;
     assert_eq!(admin::ask(&run, "", &Request::Status)?["max_bandwidth"], "8Mbit");
-    let lift = Settings { max_bandwidth: Some(Limit(None)) };
+    let lift = Settings { max_bandwidth: Some(Limit(None)), ..Settings::default() };
     let status = admin::ask(&run, "", &Request::Set(lift))?;
     assert_eq!(status["max_bandwidth"], serde_json::Value::Null);
     let source = source.wait(SOON)?;

@@ -3,6 +3,7 @@
 //! ```text
 //!   RUNTIME_DIR/SESSION.sock   {"verb":"status"}                          -> {"ok":{...}}
 //!                              {"verb":"set","max_bandwidth":"500Mbit"}   -> {"ok":{...}}
+//!                              {"verb":"set","weight":3}                  -> {"ok":{...}}
 //!   RUNTIME_DIR/SESSION.target.sock   {"verb":"cancel"}                   -> {"ok":null}
 //!                              anything else                              -> {"error":"..."}
 //! ```
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::shares::Weight;
 use crate::bandwidth::Bandwidth;
 use crate::limits;
 use crate::privileges;
@@ -48,6 +50,9 @@ pub struct Settings {
     /// What all lanes together may send; `none` lifts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_bandwidth: Option<Limit>,
+    /// The migration's weight in the budget that it shares with others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<Weight>,
 }
 
 /// A bandwidth, or none.
@@ -382,7 +387,10 @@ mod tests {
         });
         let admin = admin.unwrap();
         assert_eq!(sessions(&dir), ["00c0ffee"]);
-        let set = Request::Set(Settings { max_bandwidth: Some("500M".parse().unwrap()) });
+        let set = Request::Set(Settings {
+            max_bandwidth: Some("500M".parse().unwrap()),
+            weight: Some("3".parse().unwrap()),
+        });
         assert_eq!(ask(&dir, "00c0", &set).unwrap()["moved_bytes"], 7);
         ask(&dir, "", &Request::Status).unwrap();
         assert_eq!(*told.lock().unwrap(), [set, Request::Status]);
@@ -420,6 +428,7 @@ mod tests {
             (&b"hello\n"[..], "expected value"),
             (br#"{"verb":"explode"}"#, "unknown variant"),
             (br#"{"verb":"set","max_bandwidth":"fast"}"#, "a bandwidth looks like"),
+            (br#"{"verb":"set","weight":0}"#, "weights are 1 to 1000"),
             (br#"{"verb":"set","max_bandwith":"1G"}"#, "unknown field"),
             (b"\"\xff\"", "unicode"),
         ] {
@@ -475,7 +484,7 @@ mod tests {
     #[test]
     fn requests_are_lines_that_can_be_typed() {
         let set = |text: &str| serde_json::from_str::<Request>(text).unwrap();
-        let lift = Request::Set(Settings { max_bandwidth: Some(Limit(None)) });
+        let lift = Request::Set(Settings { max_bandwidth: Some(Limit(None)), weight: None });
         assert_eq!(set(r#"{"verb":"set","max_bandwidth":"none"}"#), lift);
         assert_eq!(set(r#"{"verb":"status"}"#), Request::Status);
         let line = serde_json::to_string(&lift).unwrap();

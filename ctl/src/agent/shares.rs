@@ -28,6 +28,48 @@ const CLAIMS_MAX: u32 = 50;
 /// See [`CLAIMS_MAX`].
 const CLAIM_AGAIN: Duration = Duration::from_millis(2);
 
+/// A weight that a migration may have in a budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct Weight(u32);
+
+/// Not a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("weights are 1 to {}", Weight::MAX)]
+pub struct WeightError;
+
+impl Weight {
+    /// The largest: a thousand times as much as another one gets is as good as all.
+    pub const MAX: u32 = 1000;
+
+    /// As a number.
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl TryFrom<u32> for Weight {
+    type Error = WeightError;
+
+    fn try_from(weight: u32) -> Result<Self, WeightError> {
+        (1..=Self::MAX).contains(&weight).then_some(Self(weight)).ok_or(WeightError)
+    }
+}
+
+impl From<Weight> for u32 {
+    fn from(weight: Weight) -> Self {
+        weight.0
+    }
+}
+
+impl std::str::FromStr for Weight {
+    type Err = WeightError;
+
+    fn from_str(text: &str) -> Result<Self, WeightError> {
+        text.parse::<u32>().map_err(|_| WeightError)?.try_into()
+    }
+}
+
 /// One member of a budget. It leaves when dropped.
 #[derive(Debug)]
 pub struct Share {
@@ -91,6 +133,17 @@ impl Share {
     pub fn say(&mut self, budget: Option<Bandwidth>) -> io::Result<()> {
         self.own = Member { budget, said_at: now(), ..self.own };
         self.write()
+    }
+
+    /// Changes this member's own weight.
+    pub fn weigh(&mut self, weight: Weight) -> io::Result<()> {
+        self.own.weight = weight.get();
+        self.write()
+    }
+
+    /// This member's own weight.
+    pub fn weight(&self) -> u32 {
+        self.own.weight
     }
 
     /// Repeats what another member said later than this one, so that it outlives that member.
@@ -200,12 +253,27 @@ mod tests {
         // Somebody with the last word, in the middle of it.
         first.say(rate("2G")).unwrap();
         assert_eq!((first.bandwidth(), second.bandwidth()), (rate("1500M"), rate("500M")));
+        // And one whose own part is to be another.
+        let mut second = second;
+        second.weigh(Weight(9)).unwrap();
+        assert_eq!((first.bandwidth(), second.bandwidth()), (rate("500M"), rate("1500M")));
+        second.weigh(Weight(1)).unwrap();
         let elsewhere = Share::join(&run, "other", "03", 9, None).unwrap();
         assert_eq!((elsewhere.bandwidth(), second.bandwidth()), (None, rate("500M")));
         drop(second);
         assert_eq!(first.bandwidth(), rate("2G"));
         first.say(None).unwrap();
         assert_eq!(first.bandwidth(), None);
+    }
+
+    #[test]
+    fn weights_are_few() {
+        for (text, weight) in [("1", Ok(Weight(1))), ("1000", Ok(Weight(1000)))] {
+            assert_eq!(text.parse(), weight, "{text}");
+        }
+        for bad in ["0", "1001", "-1", "1.5", "heavy", ""] {
+            assert_eq!(bad.parse::<Weight>(), Err(WeightError), "{bad}");
+        }
     }
 
     #[test]

@@ -43,10 +43,10 @@ fn asks(said: &[u8]) {
     assert_eq!(line.iter().position(|byte| *byte == b'\n'), Some(line.len() - 1), "not one line");
     let answer = admin::understood(&line);
     match heard.get() {
-        Some(request) if *request != Request::Cancel => {
+        Some(request) if !is_refused(request) => {
             judge(request, &answer.expect("it was understood"), &pacer);
         }
-        // Not understood; or not done by one that has no other session.
+        // Not understood; or not done by one that has no other session, and no budget to share.
         _ => {
             let refused = matches!(answer, Err(admin::AdminError::Refused(_)));
             assert!(refused, "it is not refused");
@@ -59,13 +59,18 @@ fn asks(said: &[u8]) {
     }
 }
 
+fn is_refused(request: &Request) -> bool {
+    let weighs = matches!(request, Request::Set(Settings { weight: Some(_), .. }));
+    *request == Request::Cancel || weighs
+}
+
 /// What was understood is what was done and what is answered, and it can be said again.
 fn judge(request: &Request, status: &Value, pacer: &Pacer) {
     let again = serde_json::to_string(request).expect("it is plain");
     assert_eq!(serde_json::from_str::<Request>(&again).ok().as_ref(), Some(request));
     let rate = pacer.bytes_per_second();
     let asked = match request {
-        Request::Set(Settings { max_bandwidth: Some(Limit(asked)) }) => {
+        Request::Set(Settings { max_bandwidth: Some(Limit(asked)), .. }) => {
             asked.map(|rate| rate.bytes_per_second)
         }
         _ => Some(BYTES_PER_SECOND_MIN),

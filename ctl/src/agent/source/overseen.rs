@@ -4,6 +4,7 @@
 //! that, and changes what may be changed at any time: the pacer. Where several migrations share a
 //! budget, this one's part of it is looked up here too.
 
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -43,6 +44,8 @@ pub struct Status {
     pub lanes: usize,
     /// What all lanes together are held to.
     pub max_bandwidth: Option<Bandwidth>,
+    /// Its weight among those that it shares a budget with.
+    pub weight: Option<u32>,
 }
 
 /// See the [module](self). Kept for as long as the agent is to be asked.
@@ -93,6 +96,7 @@ impl Overseen {
             moved_bytes: watch.moved_bytes,
             lanes: watch.lanes,
             max_bandwidth: None,
+            weight: None,
         };
         if let Some(group) = self.group.take() {
             let Group { name, weight, budget } = &group;
@@ -145,22 +149,41 @@ fn answer(
     if request == Request::Cancel {
         return Answer::Error("this agent has one session: SIGINT ends it".into());
     }
-    if let Request::Set(Settings { max_bandwidth: Some(Limit(rate)) }) = request {
-        match &mut *lock(share) {
-            Some(share) => {
-                if let Err(error) = share.say(rate) {
-                    return Answer::Error(error.to_string());
-                }
-                hold(pacer, share.bandwidth());
-            }
-            None => hold(pacer, rate),
-        }
+    if let Request::Set(settings) = request
+        && let Err(error) = change(settings, pacer, &mut lock(share))
+    {
+        return Answer::Error(error.to_string());
     }
+    let weight = lock(share).as_ref().map(Share::weight);
     let status = lock(status).clone();
     let rate = pacer.bytes_per_second();
     let max_bandwidth = rate.map(|bytes_per_second| Bandwidth { bytes_per_second });
-    match serde_json::to_value(Status { max_bandwidth, ..status }) {
+    match serde_json::to_value(Status { max_bandwidth, weight, ..status }) {
         Ok(status) => Answer::Ok(status),
         Err(error) => Answer::Error(Value::from(error.to_string()).to_string()),
     }
+}
+
+/// All of it, or nothing.
+fn change(settings: Settings, pacer: &Pacer, share: &mut Option<Share>) -> io::Result<()> {
+    let Settings { max_bandwidth, weight } = settings;
+    let Some(share) = share else {
+        if weight.is_some() {
+            return Err(io::Error::other(
+                "it has no weight: it shares its bandwidth with no other",
+            ));
+        }
+        if let Some(Limit(rate)) = max_bandwidth {
+            hold(pacer, rate);
+        }
+        return Ok(());
+    };
+    if let Some(weight) = weight {
+        share.weigh(weight)?;
+    }
+    if let Some(Limit(rate)) = max_bandwidth {
+        share.say(rate)?;
+    }
+    hold(pacer, share.bandwidth());
+    Ok(())
 }
