@@ -7,6 +7,8 @@
 
 #[path = "synthetic/queues.rs"]
 mod queues;
+#[path = "synthetic/rate.rs"]
+mod rate;
 
 use std::net::TcpStream;
 use std::process::Command;

@@ -173,6 +173,13 @@ impl TwoHosts {
         Ok(())
     }
 
+    /// Lets no packet on the link be longer than its MTU. Else a veth passes 64 KiB at a time, and
+    /// counts one header for all of it.
+    pub fn send_real_packets(&self) -> Result<(), LabError> {
+        let hosts = [&self.source, &self.target];
+        hosts.iter().try_for_each(|it| it.namespace.ip(&format!("link set {LINK} gso_max_segs 1")))
+    }
+
     /// Cuts the link, or mends it: packets vanish without a word.
     pub fn cut(&self, cut: bool) -> Result<(), LabError> {
         let state = if cut { "down" } else { "up" };
