@@ -7,9 +7,9 @@ test-rdma: setup rdma-packages
 	tests/rdma-vm/selftest $(ARGS)
 	tests/rdma-vm/lanes $(ARGS)
 	$(if $(filter-out kvm_%,$(ARGS)),,tests/rdma-vm/kvm $(or $(ARGS),kvm_))
-	$(if $(ARGS),,tests/rdma-vm/queues)
 
-# Lanes on the receive queues of emulated cards with RSS: a minute or two, a part of `test-rdma`.
+# Lanes on the receive queues of emulated cards with RSS. By itself: QEMU's cards do not always send a
+# flow to the queue of their table (HARDWARE.md), and the test fails then, as it should.
 test-queues: setup rdma-packages
 	tests/rdma-vm/queues $(ARGS)
 
