@@ -144,11 +144,16 @@ pub(crate) fn serve(
 
 fn count_all(mut stream: TcpStream, at_most: u32, counter: &AtomicU64) -> std::io::Result<()> {
     let mut message = vec![0; at_most as usize];
+    // The rest of a message comes before the next one, as tools have it: what is copied begins where
+    // pages of the kernel's do then.
+    let mut at = 0;
     loop {
-        match stream.read(&mut message)? {
+        let bytes = match stream.read(&mut message[at..])? {
             0 => return Ok(()),
-            bytes => counter.fetch_add(bytes as u64, Ordering::Relaxed),
+            bytes => bytes,
         };
+        counter.fetch_add(bytes as u64, Ordering::Relaxed);
+        at = (at + bytes) % message.len();
     }
 }
 
