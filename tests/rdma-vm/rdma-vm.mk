@@ -8,8 +8,8 @@ test-rdma: setup rdma-packages
 	tests/rdma-vm/lanes $(ARGS)
 	$(if $(filter-out kvm_%,$(ARGS)),,tests/rdma-vm/kvm $(or $(ARGS),kvm_))
 
-# Lanes on the receive queues of emulated cards with RSS. By itself: QEMU's cards do not always send a
-# flow to the queue of their table (HARDWARE.md), and the test fails then, as it should.
+# Lanes on the receive queues of emulated cards with RSS. By itself: lanes do not
+# always arrive where they were placed there (docs/rdma-vm.md), and the test fails then, as it should.
 test-queues: setup rdma-packages
 	tests/rdma-vm/queues $(ARGS)
 
